@@ -96,11 +96,13 @@ class TrainingStep:
             the mean over the ranks that return one.
         schedule: pipeline schedule, or None.
         actions: (stage, kind, seconds) of the schedule's actions in the last step; kinds F, B, I and W.
+        trains: False for a part of the work of a step, which has no loss to compare.
     """
 
     run: Callable[[torch.Tensor, torch.Tensor], torch.Tensor | None]
     schedule: Schedule | None = None
     actions: list[tuple[int, str, float]] = field(default_factory=list)
+    trains: bool = True
 
 
 Build = Callable[[Size, Layout, Weights], TrainingStep]

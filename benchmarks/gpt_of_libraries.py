@@ -11,19 +11,25 @@ import torch.distributed as dist
 from gpt_layouts import Build, Layout, Size, TrainingStep, Weights
 from gpt_of_ours import our_step, train_config
 from gpt_of_torch import SCHEDULES, mean_loss, pipelined, plain_step, step_of, torch_step
+from products_alone import products_alone, products_and_copies
 from torch import nn
 
-from fused_megatron.benchmarking.side_by_side import OURS, Bars
+from fused_megatron.benchmarking.side_by_side import BOUND, OURS, Bars
 from fused_megatron.models.stage_cut import block_cost, cut_stages
 from fused_megatron.pipeline import build_schedule
 
 
 @dataclass(frozen=True)
 class Rival:
-    """A comparison: ours must be at least `bar` times as fast as the best of these providers."""
+    """A comparison: ours must be at least `bar` times as fast as the best of these providers.
+
+    Attributes:
+        bound: the most times that ours takes of the provider BOUND.
+    """
 
     ways: dict[str, Build]
     bar: float | None = None
+    bound: float | None = None
 
 
 def rivals_of(size: Size, layout: Layout) -> dict[str, Rival]:
@@ -33,6 +39,7 @@ def rivals_of(size: Size, layout: Layout) -> dict[str, Rival]:
         return {
             "": Rival({"Hugging Face GPT-2": hugging_face_step}, 1.2),
             "plain torch": Rival({"plain torch": plain_step}),
+            LIMIT: Rival(limits(), bound=1.08),
         }
     if layout.pp > 1:
         cuts = cuts_for_torch(size, layout)
@@ -59,7 +66,16 @@ def rivals_of(size: Size, layout: Layout) -> dict[str, Rival]:
     return {
         "": Rival(dtensor, 1.3 if bars else None),
         "megatron-core": Rival({"megatron-core": megatron_step}, 1.15 if bars else None),
+        LIMIT: Rival(limits(), bound=1.2 if bars else None),
     }
+
+
+LIMIT = "products and attention"
+
+
+def limits() -> dict[str, Build]:
+    """Return the parts of our step that no other program of it could leave out."""
+    return {"products and attention alone": products_alone, BOUND: products_and_copies}
 
 
 def ways_of(size: Size, layout: Layout) -> dict[str, Build]:
@@ -71,7 +87,7 @@ def ways_of(size: Size, layout: Layout) -> dict[str, Build]:
 
 
 def bars_of(rival: Rival) -> Bars:
-    return Bars(best=rival.bar)
+    return Bars(best=rival.bar, bound=rival.bound)
 
 
 def cuts_for_torch(size: Size, layout: Layout) -> list[tuple[int, ...]]:

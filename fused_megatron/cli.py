@@ -38,6 +38,7 @@ commands:
   doctor [--json]                               state of the installation, faults, and how to mend them
   report FILE...                                benchmark results as tables and plots; two runs compared
   audit [--op OP] [--arch ARCH] [--write FILE]  cost of the GPU kernels, found without a GPU
+  audit --step CONFIG.toml [--write PAGE.md]    kernels, bytes, waits and collectives of a step on GPUs
 
 Several machines: torchrun .. -m fused_megatron train CONFIG.toml ..."""
 
@@ -282,6 +283,10 @@ def _report(argv: Sequence[str]) -> int:
 
 
 def _audit(argv: Sequence[str]) -> int:
+    if any(word.partition("=")[0] == "--step" for word in argv):
+        from fused_megatron.audit.step_command import run_step_audit  # noqa: PLC0415
+
+        return run_step_audit(argv)
     # Needs a source checkout and its compilers, which most users do not have: imported only here.
     from fused_megatron.audit.command import AuditArguments, run_audit  # noqa: PLC0415
 

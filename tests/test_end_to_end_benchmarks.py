@@ -1,5 +1,6 @@
 """Start here when `make bench-end-to-end` or `make bench-layers` fails, or loses what it measured."""
 
+import importlib
 import os
 import re
 import signal
@@ -75,7 +76,11 @@ def test_layouts_beside_torch(layouts, tmp_path):
     found = read_results(results)
     assert found.complete and found.theme == "end_to_end"
     by_label = {c.label: c for c in found.comparisons}
-    assert list(by_label) == [*layouts, "one process, against plain torch"]
+    limits = [f"{layout}, against products and attention" for layout in layouts if layout[:2] in ("tp", "on")]
+    assert {*by_label} == {*layouts, "one process, against plain torch", *limits}
+    for limit in limits:
+        assert set(by_label[limit].seconds) == {"ours", "products and attention alone", "bound"}
+        assert by_label[limit].bars == Bars(bound=1.08 if limit.startswith("one") else 1.2)
     wrong = by_label["one process"].faults["Hugging Face GPT-2"]
     assert (
         re.fullmatch(r"wrong: losses [\d. ]+, not [\d. ]+; not timed", wrong)
@@ -84,6 +89,7 @@ def test_layouts_beside_torch(layouts, tmp_path):
     for comparison in found.comparisons:
         assert all(len(seconds) == 2 for seconds in comparison.seconds.values())
         assert set(comparison.peak_bytes) == set(comparison.breakdown) == set(comparison.seconds)
+        # The limit has no optimizer, and its copies count as computation.
         parts = {"compute", "optimizer"} | ({"communication"} if comparison.ranks == 2 else set())
         assert set(comparison.breakdown["ours"]) == parts | ({"bubble"} if "pp" in comparison.label else set())
         assert min(min(parts.values()) for parts in comparison.breakdown.values()) >= 0
@@ -98,6 +104,27 @@ def test_layouts_beside_torch(layouts, tmp_path):
     pipeline = by_label["pp=2 interleaved_1f1b m=8"]
     assert pipeline.tokens == 8 * 16 and pipeline.breakdown["ours"]["bubble"] > 0
     assert {name.rpartition(" ")[2] for name in pipeline.seconds} >= {"1+1+1+1", "1+2+1+0"}
+
+
+def test_products_and_attention_alone(monkeypatch):
+    """The recorded calls are all products of a step, forward and backward, and the other ops' bytes have its sizes."""
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    gpt_layouts, alone = (importlib.import_module(name) for name in ("gpt_layouts", "products_alone"))
+    size, layout = gpt_layouts.SIZES["tiny"], gpt_layouts.Layout()
+    recorded = alone.recorded_calls(size, layout, gpt_layouts.full_weights(size))
+    # Four linear layers a block and the head, each with two products in backward; attention forward and backward.
+    assert len(recorded.calls) == 3 * (4 * size.num_layers + 1) + 2 * size.num_layers
+    tokens = size.num_sequences * size.seq_len
+    # torch counts 5 products in an attention's backward, since it computes the scores again.
+    scores_again = 2 * size.num_layers * tokens * size.seq_len * size.hidden_size
+    assert recorded.flops == gpt_step_flops(size.config, tokens)[1] + scores_again
+    parameters = sum(weight.numel() for weight in gpt_layouts.full_weights(size).values())
+    optimizer = parameters * 4 * (3 * 2 + 1)
+    activations = size.num_layers * 4 * tokens * size.hidden_size * 4
+    assert optimizer + 10 * activations < recorded.other_bytes < optimizer + 40 * activations
+    with torch.no_grad():
+        first, again = (recorded.calls[0]() for _ in range(2))
+    assert torch.equal(first, again) and first.abs().sum() > 0
 
 
 @pytest.mark.slow

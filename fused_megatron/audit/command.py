@@ -21,7 +21,10 @@ from fused_megatron.terminal_tables import print_report
 
 @dataclass(frozen=True)
 class AuditArguments:
-    """Compile the GPU kernels for A100, H100 and B200, run them in emulation, and print their costs."""
+    """Compile the GPU kernels for A100, H100 and B200, run them in emulation, and print their costs.
+
+    Another use: audit --step CONFIG.toml counts the kernels of a whole training step (audit --step --help).
+    """
 
     op: str | None = None
     """One op, for example layer_norm; default: all."""

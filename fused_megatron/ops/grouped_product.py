@@ -46,7 +46,7 @@ def grouped_product(
     Memory: saves nothing. Rows beyond the sum of counts on a device keep any value.
     """
     num_outputs = weight.shape[2 if transposed else 1]
-    if isinstance(counts, torch.Tensor) or x.is_cuda:
+    if isinstance(counts, torch.Tensor) or x.device.type != "cpu":
         y = F.grouped_mm(x, weight if transposed else weight.transpose(1, 2), offs=_ends(counts, x.device))
         return y if out is None else out.copy_(y)
     y = x.new_empty((x.shape[0], num_outputs)) if out is None else out
@@ -74,7 +74,7 @@ def grouped_weight_gradient(
     Returns:
         [G, O, I]; `into` if it is given. The gradient of a group without rows is 0.
     """
-    if isinstance(counts, torch.Tensor) or x.is_cuda:
+    if isinstance(counts, torch.Tensor) or x.device.type != "cpu":
         ends = _ends(counts, x.device)
         gradient = F.grouped_mm(grad.t(), x, offs=ends)
         if into is None:

@@ -126,7 +126,8 @@ class DryRun:
     Args:
         config: model.vocab_size must be given. parallel.data_parallel_size=None counts as 1.
         device: device of the fake tensors. A CPU may keep other tensors for backward than a GPU, because it runs other
-            kernels. "cuda" needs a GPU, but none of its memory.
+            kernels. "cuda" needs a GPU, but none of its memory. "meta" stands for a GPU without one: modules take the
+            branches of a GPU, attention is torch's FlashAttention, and the work of a profile has kernels.
         routes: routes of tokens to experts: "balanced", or "worst": every token goes to the experts of this rank, as
             many of them as it can.
 
@@ -215,6 +216,14 @@ class DryRun:
             sent_to_context={stage: self._sent(profile, stage, "cp") for stage in stages},
             sent_to_experts={stage: self._sent_to_experts(profile, stage) for stage in stages},
         )
+
+    def profile(self, rank: int) -> StepProfile:
+        """Return the profile of a rank's actions; raise as rank()."""
+        check(0 <= rank < self.world_size, f"rank={rank} must be in [0, {self.world_size}), the ranks of the layout")
+        pp_rank = coordinates(rank, self._sizes)["pp"]
+        stages = stages_of(self.plan.placement, pp_rank)
+        known = self._known_of(rank, pp_rank, stages)
+        return _Names(known.stages, stages, self.spans).renamed(known.profile)
 
     def _known_of(self, rank: int, pp_rank: int, stages: Sequence[int]) -> _Known:
         """Return the run of this rank, or of a rank with stages of the same form; its dp rank makes no difference."""

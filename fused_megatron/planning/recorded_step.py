@@ -20,6 +20,7 @@ from fused_megatron.config import TrainConfig
 from fused_megatron.data.batch import Batch
 from fused_megatron.expert_parallel import ExpertMLP
 from fused_megatron.mesh import Mesh
+from fused_megatron.observe.kernel_counts import AttentionOfAGPU
 from fused_megatron.ops.attention import AttentionMask
 from fused_megatron.pipeline.run.messages import HEADER_NUMBERS, TensorSpec, encode_header
 from fused_megatron.planning.step_recorder import HEADER, RECEIVED, StepRecorder
@@ -79,7 +80,8 @@ def record_fake_step(config: TrainConfig, rank: int, device: torch.device, route
     Args:
         config: the config of the run; model.vocab_size must be given.
         rank: global rank.
-        device: device of the fake tensors.
+        device: device of the fake tensors. Tensors of "meta" stand for a GPU's: modules take the branches of a GPU, and
+            the recorder counts the kernels.
         routes: as DryRun.
 
     Raises:
@@ -87,9 +89,12 @@ def record_fake_step(config: TrainConfig, rank: int, device: torch.device, route
     """
     with fake_ranks(rank, config.parallel.num_ranks):
         mesh = build_mesh(config, device.type)
-        recorder = StepRecorder(fake=True)
+        on_meta = device.type == "meta"
+        recorder = StepRecorder(fake=True, on_meta=on_meta)
+        # Tensors of the meta device have no memory either, and FakeTensorMode leaves them as they are.
+        mode = AttentionOfAGPU() if on_meta else FakeTensorMode()
         # Otherwise backward on a GPU runs in threads of its own, where the dispatch modes are off.
-        with torch.autograd.set_multithreading_enabled(False), FakeTensorMode(), recorder:
+        with torch.autograd.set_multithreading_enabled(False), mode, recorder:
             peers = _AbsentPeers(recorder, config, mesh)
             return _record(config, mesh, device, recorder, peers, lambda model: _assume_routes(model, routes))
 

@@ -11,21 +11,13 @@ import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from torch.utils.flop_counter import flop_registry
 
 from fused_megatron.models import TransformerStack
+from fused_megatron.observe.kernel_counts import kernels_of, product_flops
 from fused_megatron.observe.record_communication import transfer_of
 from fused_megatron.observe.storages import RESIZE_STORAGE, StorageLog
 from fused_megatron.pipeline.schedule.action import Action
 
-_ATTENTION = torch.ops.aten._scaled_dot_product_flash_attention
-_FLOPS: dict[Any, Callable[..., int]] = {
-    **flop_registry,
-    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: flop_registry[_ATTENTION],
-    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: flop_registry[
-        torch.ops.aten._scaled_dot_product_flash_attention_backward
-    ],
-}
 _DEVICE = torch.ops.prim.device.default
 _READ = torch.ops.aten._local_scalar_dense.default
 # The ops that tolist() runs besides the reads.
@@ -35,6 +27,8 @@ _COPIES = {torch.ops.aten._to_copy.default: 0, torch.ops.aten.copy_.default: 1}
 """Ops that copy between devices, with the position of the source among their arguments."""
 _GATHER_OF_TIED_WEIGHT = "c10d._allgather_base_.pipeline"
 _PIN = torch.ops.aten._pin_memory.default
+# Products with an output of another dtype: torch has no implementation for the meta device.
+_INTO_FLOAT32 = {torch.ops.aten.mm.dtype_out, torch.ops.aten.addmm.dtype_out}
 # Functions that read a number only from host memory: on a GPU they take another branch.
 _READ_HOST_MEMORY = {
     ("tensor_parallel/embedding.py", "_check_ids"),
@@ -42,6 +36,8 @@ _READ_HOST_MEMORY = {
     ("ops/linear_cross_entropy.py", "_scaled"),
     ("ops/linear_cross_entropy.py", "_add_scaled_"),
 }
+# Copies to the device start from pinned memory on a GPU only, where the host does not wait for them.
+_COPIES_OF_BATCHES = "data/batch.py"
 # Functions that send the shapes of a message to another stage before the first message.
 _RUN_IN_THE_FIRST_STEP = {("pipeline/run/messages.py", "_record_specs"), ("pipeline/run/messages.py", "_complete")}
 
@@ -73,8 +69,8 @@ class Work(NamedTuple):
     """Key of a counter.
 
     Attributes:
-        what: "flops" or "host_syncs"; "calls" or "bytes" of a transfer.
-        kind: kind of the transfer, as in record_communication; otherwise "".
+        what: "flops" or "host_syncs"; "calls" or "bytes" of a transfer; "launches" or "moved" bytes of kernels.
+        kind: kind of the transfer, as in record_communication, or of the kernels, as in kernel_counts; otherwise "".
         group: global ranks of the transfer; otherwise ().
         of_replicas: whether the transfer brings weights or gradients to ranks with the same weights.
         of_experts: whether it brings tokens to experts, or their results back.
@@ -97,6 +93,7 @@ class StepRecorder(TorchDispatchMode):
 
     Args:
         fake: whether the tensors are fake.
+        on_meta: whether tensors of the meta device stand for a GPU's. Only then kernels are counted.
 
     Attributes:
         storages: log of all storages.
@@ -104,8 +101,9 @@ class StepRecorder(TorchDispatchMode):
         replicas: groups of global ranks with the same weights, which send each other weights and gradients.
     """
 
-    def __init__(self, fake: bool) -> None:
+    def __init__(self, fake: bool, on_meta: bool = False) -> None:
         super().__init__()
+        self._on_meta = on_meta
         self.storages: StorageLog[Place] = StorageLog(self.place)
         self.work: defaultdict[tuple[str, Action | None], Counter[Work]] = defaultdict(Counter)
         self.replicas: set[tuple[int, ...]] = set()
@@ -156,7 +154,7 @@ class StepRecorder(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if func is _DEVICE:
-            return func(*args) if not self._fake else args[0].fake_device
+            return func(*args) if not self._fake or self._on_meta else args[0].fake_device
         if func is _READ:
             return self._read(args[0])
         if func.namespace == "c10d":
@@ -168,22 +166,33 @@ class StepRecorder(TorchDispatchMode):
             result = args[0].new_empty((args[0].numel(), args[0].dim()), dtype=torch.int64)
         elif self._fake and func is _PIN:  # torch has no fake implementation of it
             result = args[0]
+        elif self._on_meta and func in _INTO_FLOAT32:
+            result = kwargs["out"]
+        elif self._on_meta and func in _COPIES and _is_copy_to_host(args, kwargs):
+            return self._copy_to_host(args, kwargs)
         else:
             result = func(*args, **kwargs)
+        if self._on_meta:
+            self._count_kernels(func, args, kwargs, result)
         if func not in _TAKEN_APART:
             self._last_read = 0
         if func is _FOUND:
             self._count_sync(args[0])
         elif func in _COPIES and _waits_for_copy(args[_COPIES[func]], result, kwargs):
             self._count_sync(result if result.device.type != "cpu" else args[_COPIES[func]])
-        formula = _FLOPS.get(func.overloadpacket)
-        if formula is not None:
-            operands = [arg for arg in args if not isinstance(arg, torch.dtype)]  # torch's formulas take no out_dtype
-            self._count(Work("flops"), formula(*operands, **kwargs, out_val=result))
+        flops = product_flops(func, args, kwargs, result)
+        if flops is not None:
+            self._count(Work("flops"), flops)
         self.storages.see(func, (args, kwargs), result)
         if func is RESIZE_STORAGE:
             self.relabel(args[0], GATHERED_ROWS)
         return result
+
+    def _count_kernels(self, func: Any, args: Any, kwargs: Mapping[str, Any], result: Any) -> None:
+        kernels = kernels_of(func, args, kwargs, result)
+        if kernels is not None:
+            self._count(Work("launches", kernels.kind), kernels.launches)
+            self._count(Work("moved", kernels.kind), kernels.num_bytes)
 
     def _count(self, work: Work, number: int) -> None:
         self.work[self._phase, self._at()][work] += number
@@ -191,6 +200,8 @@ class StepRecorder(TorchDispatchMode):
     def _count_sync(self, tensor: torch.Tensor) -> None:
         """Count one wait of the host for a tensor's device. On a CPU, count the waits that a GPU would cause."""
         caller = _function_of_the_package()
+        if self._on_meta and caller[0] == _COPIES_OF_BATCHES:
+            return
         if caller not in _RUN_IN_THE_FIRST_STEP and (tensor.device.type != "cpu" or caller not in _READ_HOST_MEMORY):
             self._count(Work("host_syncs"), 1)
 
@@ -209,6 +220,8 @@ class StepRecorder(TorchDispatchMode):
         self._count(Work("bytes", found.kind, found.group, of_replicas, of_experts), found.num_bytes)
 
     def _read(self, tensor: torch.Tensor) -> Any:
+        if self._on_meta and not tensor.is_meta:
+            return _READ(tensor)
         key = tensor.untyped_storage()._cdata
         told = self._values.get(key)
         if self._last_read != key and told is None:  # reading all elements of a tensor in turn counts once
@@ -224,6 +237,18 @@ class StepRecorder(TorchDispatchMode):
         if tensor.dtype == torch.bool:
             return False
         return 0.5 if tensor.is_floating_point() else 0
+
+    def _copy_to_host(self, args: Any, kwargs: Mapping[str, Any]) -> torch.Tensor:
+        """Return a tensor of the meta device as a tensor of the host, with the values that _read would return."""
+        *destination, source = args[:2] if len(args) > 1 else args
+        told = self._values.pop(source.untyped_storage()._cdata, None)
+        if told is None:
+            self._count_sync(source)
+        value = 0.5 if source.is_floating_point() else 0
+        copied = torch.full(source.shape, value, dtype=kwargs.get("dtype") or source.dtype)
+        if told is not None:
+            copied.copy_(torch.tensor(told[1]).view(source.shape))
+        return destination[0].copy_(copied) if destination else copied
 
     def _name(self, module: nn.Module, layer: str) -> None:
         def enter(*_: Any) -> None:
@@ -242,11 +267,11 @@ class StepRecorder(TorchDispatchMode):
 
 
 def _function_of_the_package() -> tuple[str, str]:
-    """Return file and name of the innermost running function of the package outside of planning."""
+    """Return file and name of the innermost running function of the package outside of what records it."""
     frame: FrameType | None = sys._getframe(1)
     while frame is not None:
         _, package, path = frame.f_code.co_filename.rpartition("fused_megatron/")
-        if package and not path.startswith("planning/"):
+        if package and not path.startswith(("planning/", "observe/")):
             return path, frame.f_code.co_name
         frame = frame.f_back
     return "", ""
@@ -261,6 +286,14 @@ def _room_of_the_caller() -> str:
             return folders[-1]
         frame = frame.f_back
     return ""
+
+
+def _is_copy_to_host(args: Any, kwargs: Mapping[str, Any]) -> bool:
+    """Return whether the arguments of _to_copy or copy_ are a tensor of the meta device and a place on the host."""
+    if len(args) > 1:
+        return bool(args[1].is_meta and not args[0].is_meta)
+    device = kwargs.get("device")
+    return bool(args[0].is_meta and device is not None and torch.device(device).type == "cpu")
 
 
 def _waits_for_copy(source: torch.Tensor, result: torch.Tensor, keywords: Mapping[str, Any]) -> bool:
