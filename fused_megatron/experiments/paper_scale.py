@@ -72,6 +72,7 @@ def _bubble(predicted: _Predicted) -> Range:
 FIGURES: dict[str, tuple[str, Callable[[_Predicted], Range]]] = {
     "memory_gb": ("memory, GB", _memory),
     "step_ms": ("step, ms", _step_ms),
+    "profile_ms": ("step in a profiler, ms", _step_ms),
     "step_s": ("step, s", _step_s),
     "tflops": ("TFLOP/s a GPU, with recomputation", _tflops),
     "days": ("days of training", _days),
@@ -117,9 +118,7 @@ def _figures(name: str, run: PaperRun, predicted: _Predicted, first: _Predicted)
     for figure, published in shown.items():
         if figure == OUT_OF_MEMORY:
             value, low, high = _memory(predicted)
-            limit = predicted.cluster.memory_gb * 1e9 / predicted.gb_bytes
-            title = f"memory, GB (published: out of memory, of {limit:.1f})"
-            yield PublishedFigure(name, layout, title, value, low, high, None)
+            yield PublishedFigure(name, layout, "memory, GB (published: out of memory)", value, low, high, None)
         elif figure in (SPEED_UP, EFFICIENCY):
             yield _relative(name, layout, figure, predicted, first, published)
         else:
