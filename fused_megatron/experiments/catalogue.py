@@ -82,6 +82,7 @@ class Statement(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
             at_most: the measured value is no larger. order: the runs in `cases` have growing values.
         formula: arithmetic over the names of formulas.py.
         tolerance: largest relative difference.
+        slack: largest difference beside it, in the unit of the quantity.
         cases: the runs that count; empty: all of the experiment.
         why: the reason for the formula and for a tolerance.
     """
@@ -91,6 +92,7 @@ class Statement(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     kind: Literal["equals", "proportional", "at_most", "order"] = "equals"
     formula: str = ""
     tolerance: float = 0.0
+    slack: float = 0.0
     cases: tuple[str, ...] = ()
     why: str = ""
 

@@ -52,10 +52,8 @@ def _holds(statement: Statement, predicted: list[float], measured: list[float]) 
     if statement.kind == "order":
         least = 1 + statement.tolerance
         return all(after > before * least for before, after in pairwise(measured))
-    slack = statement.tolerance + _EXACT
+    share, slack = statement.tolerance + _EXACT, statement.slack + _EXACT
+    pairs = list(zip(measured, predicted, strict=True))
     if statement.kind == "at_most":
-        return all(value <= limit * (1 + slack) for value, limit in zip(measured, predicted, strict=True))
-    return all(
-        math.isclose(value, limit, rel_tol=slack, abs_tol=_EXACT)
-        for value, limit in zip(measured, predicted, strict=True)
-    )
+        return all(value <= limit * (1 + share) + statement.slack for value, limit in pairs)
+    return all(math.isclose(value, limit, rel_tol=share, abs_tol=slack) for value, limit in pairs)

@@ -9,8 +9,8 @@ from fused_megatron.experiments.trend_checks import judge
 SIZES = {"a": {"dp": 1.0}, "b": {"dp": 2.0}, "c": {"dp": 4.0}}
 
 
-def verdict(kind: str, values: list[float], formula: str = "", tolerance: float = 0.0) -> bool:
-    statement = Statement("text", "state", kind, formula, tolerance)  # type: ignore[arg-type]
+def verdict(kind: str, values: list[float], formula: str = "", tolerance: float = 0.0, slack: float = 0.0) -> bool:
+    statement = Statement("text", "state", kind, formula, tolerance, slack)  # type: ignore[arg-type]
     measured = {name: {"state": value} for name, value in zip(SIZES, values, strict=True)}
     return judge(statement, SIZES, measured).holds
 
@@ -35,6 +35,13 @@ def test_a_tolerance_is_a_share_of_the_value() -> None:
     assert verdict("equals", [18.1, 12, 9], "6 + 12 / dp", 0.01)
     assert not verdict("equals", [18.3, 12, 9], "6 + 12 / dp", 0.01)
     assert not verdict("order", [1, 1.05, 2], tolerance=0.1)
+
+
+def test_a_slack_is_in_the_unit_of_the_value() -> None:
+    assert verdict("equals", [18.4, 12, 9], "6 + 12 / dp", slack=0.5)
+    assert not verdict("equals", [18.6, 12, 9], "6 + 12 / dp", slack=0.5)
+    assert verdict("at_most", [18.4, 1, 1], "6 + 12 / dp", slack=0.5)
+    assert not verdict("at_most", [18.6, 1, 1], "6 + 12 / dp", slack=0.5)
 
 
 def test_a_statement_about_some_runs_ignores_the_others() -> None:
