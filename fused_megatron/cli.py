@@ -35,6 +35,7 @@ commands:
   dry-run CONFIG [--ranks N] [--rank R]         memory, FLOPs and transfers of any layout, without a GPU
   predict CONFIG --cluster NAME|FILE [..]       time, memory and cost of a step on a cluster, without a GPU
   calibrate [--ranks N] [--output FILE]         speeds of this machine, as a cluster file for predictions
+  experiment list|show|run|all [ID ...]         experiments of the papers: measured here, predicted there
   doctor [--json]                               state of the installation, faults, and how to mend them
   report FILE...                                benchmark results as tables and plots; two runs compared
   audit [--op OP] [--arch ARCH] [--write FILE]  cost of the GPU kernels, found without a GPU
@@ -90,6 +91,7 @@ def _run(argv: Sequence[str]) -> int:
         "dry-run": _dry_run,
         "predict": _predict,
         "calibrate": _calibrate,
+        "experiment": _experiment,
         "doctor": _doctor,
         "report": _report,
         "audit": _audit,
@@ -267,6 +269,13 @@ def _calibrate(argv: Sequence[str]) -> int:
 
     arguments = _parse(CalibrateArguments, "calibrate", argv)
     return 0 if arguments is None else run_calibrate(arguments)
+
+
+def _experiment(argv: Sequence[str]) -> int:
+    from fused_megatron.experiments.command import ExperimentArguments, run_experiment_command  # noqa: PLC0415
+
+    arguments = _parse(ExperimentArguments, "experiment", argv)
+    return 0 if arguments is None else run_experiment_command(arguments)
 
 
 def _doctor(argv: Sequence[str]) -> int:

@@ -14,6 +14,7 @@ LAYERS = [
     {"__main__"},
     {"cli"},
     {"__init__"},
+    {"experiments"},
     {"training", "audit", "benchmarking", "doctor"},
     {"planning"},
     {"assembly", "hugging_face"},
@@ -60,6 +61,7 @@ DISTRIBUTED = {
     "testing",
     "benchmarking",
     "doctor",
+    "experiments",
 }
 TRITON = {"kernels", "audit"}
 NO_MODULES = {"ops", "kernels"}

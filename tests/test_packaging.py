@@ -51,7 +51,7 @@ def package_files(root: Path) -> set[str]:
         | {f"fused_megatron/kernels/{p.name}" for p in (root / "kernels").glob("*.py")}
         | {
             p.relative_to(root).as_posix()
-            for folder in ("planning/prediction/clusters", "config/starting_configs")
+            for folder in ("planning/prediction/clusters", "config/starting_configs", "experiments/tables")
             for p in (root / "fused_megatron" / folder).glob("*.toml")
         }
     )

@@ -7,6 +7,8 @@ from typing import Annotated
 
 import tyro
 
+from fused_megatron.benchmarking.report.experiment_page import experiment_lines, overview_lines
+from fused_megatron.benchmarking.report.experiment_results import read_experiment
 from fused_megatron.benchmarking.report.plots import plot_results
 from fused_megatron.benchmarking.report.results_file import Results, read_results
 from fused_megatron.benchmarking.report.run_page import run_lines
@@ -31,7 +33,8 @@ class ReportArguments:
     """benchmarks/results/<theme>_<hardware>_<yyyymm>.json, or a file of pytest-benchmark. Two files of the same theme
     (with more than two files: of the same theme and hardware) are compared: the report says what is faster or slower
     in the second. Exit code 1 for a regression. The folder of a run that was trained with training.cluster gives a
-    report of its predicted and measured steps."""
+    report of its predicted and measured steps. The results of `fused-megatron experiment` are shown as it printed
+    them."""
     plots: Path | None = None
     """A folder for plots (needs matplotlib). The picture of a run needs none; by default it is in the run folder."""
     write: Path | None = None
@@ -47,8 +50,14 @@ def run_report(arguments: ReportArguments) -> int:
     if not arguments.files:
         raise InputError("report needs a results file (make bench writes them to benchmarks/results)")
     runs = [path for path in arguments.files if path.is_dir()]
-    files = [read_results(path) for path in arguments.files if path not in runs]
+    others = [(path, read_experiment(path)) for path in arguments.files if path not in runs]
+    experiments = [each for _, each in others if each is not None]
+    files = [read_results(path) for path, each in others if each is None]
     lines, code = report_lines(files, arguments.plots)
+    for each in experiments:
+        lines += [*([""] if lines else []), *experiment_lines(each)]
+    if len(experiments) > 1:
+        lines += ["", *overview_lines(experiments)]
     for path in runs:
         lines += [*([""] if lines else []), *run_lines(path, arguments.plots)]
     text = "\n".join(lines) + "\n"

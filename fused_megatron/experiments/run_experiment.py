@@ -1,0 +1,87 @@
+"""Run of an experiment on this machine: its cases on ranks, its statements, and the published figures beside them."""
+
+import datetime
+import time
+from collections.abc import Callable
+
+import torch
+
+from fused_megatron.benchmarking.report.experiment_results import ExperimentResult, MeasuredRun
+from fused_megatron.config import TrainConfig
+from fused_megatron.experiments.catalogue import Case, Experiment
+from fused_megatron.experiments.formulas import sizes_of_run
+from fused_megatron.experiments.measured_rank import Measured, largest_of, measure_rank
+from fused_megatron.experiments.paper_scale import layout_text, published_figures
+from fused_megatron.experiments.trend_checks import judge
+from fused_megatron.testing import run_cases_on_ranks
+
+LIMIT_S = 300.0
+"""Seconds after which the ranks of an experiment are ended: an experiment takes less than a minute."""
+
+
+def run_experiment(experiment: Experiment, say: Callable[[str], None] = lambda line: None) -> ExperimentResult:
+    """Run the cases of an experiment on gloo ranks of this machine, and check its statements.
+
+    Args:
+        experiment: of the catalogue.
+        say: called with a line before each group of runs.
+
+    Raises:
+        InputError: a config that does not fit.
+        RankError: a rank failed.
+    """
+    start = time.perf_counter()
+    entry = experiment.entry
+    configs = {name: experiment.config(name) for name in entry.cases}
+    measured = _measure(experiment, configs, say)
+    sizes = {name: sizes_of_run(config) for name, config in configs.items()}
+    statements = [judge(statement, sizes, measured) for statement in entry.statements]
+    runs = [
+        MeasuredRun(name, layout_text(config), config.parallel.num_ranks, measured[name])
+        for name, config in configs.items()
+    ]
+    return ExperimentResult(
+        id=entry.id,
+        title=entry.title,
+        why=entry.why,
+        date=datetime.date.today().isoformat(),
+        seconds=time.perf_counter() - start,
+        source=experiment.table.source,
+        runs=runs,
+        statements=statements,
+        published=published_figures(experiment),
+        notes=[*entry.notes, *(run.note for run in experiment.paper_runs.values() if run.note)],
+        settings={"model": model_text(configs[entry.cases[0]]), "torch": torch.__version__.partition("+")[0]},
+    )
+
+
+def _measure(
+    experiment: Experiment, configs: dict[str, TrainConfig], say: Callable[[str], None]
+) -> dict[str, Measured]:
+    """Measure the cases; the cases with the same number of ranks share their processes."""
+    groups: dict[int, list[str]] = {}
+    for name, config in configs.items():
+        groups.setdefault(config.parallel.num_ranks, []).append(name)
+    found: dict[str, Measured] = {}
+    for world_size, names in groups.items():
+        say(f"{experiment.entry.id}: {', '.join(names)} on {world_size} rank{'s' * (world_size > 1)}")
+        cases = [(configs[name], _sleep_ms(experiment.cases[name])) for name in names]
+        results = run_cases_on_ranks(measure_rank, world_size, cases, timeout_s=LIMIT_S)
+        found |= {name: largest_of(ranks) for name, ranks in zip(names, results, strict=True)}
+    return {name: found[name] for name in configs}
+
+
+def _sleep_ms(case: Case) -> tuple[float, float] | None:
+    if case.forward_ms is None or case.backward_ms is None:
+        return None
+    return case.forward_ms, case.backward_ms
+
+
+def model_text(config: TrainConfig) -> str:
+    """Return the size of a model in words."""
+    model = config.model
+    experts = f", {model.num_experts} experts" if model.num_experts else ""
+    return (
+        f"GPT of {model.num_layers} layers of {model.hidden_size}, {model.seq_len} tokens, "
+        f"{model.vocab_size} in the vocabulary{experts}, {config.training.dtype}"
+    )
