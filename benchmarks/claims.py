@@ -205,8 +205,8 @@ def automatic(most_gpus: int = 2048) -> Claim:
         {"speed_of_the_plan_over_hand_made": found, "percent_of_the_fastest_measured": measured},
         HOLDS if worst >= 0.9 and measured >= 90 else FAILS,
         f"of this planner; Alpa was not run. Its layouts have {worst:.2f} to {max(found.values()):.2f} times the "
-        f"predicted speed of the {len(found)} hand-made layouts of Narayanan et al. 2021 (table 1), which recompute every "
-        f"block. On a measured grid of one node they reach {measured:.0f} % of the fastest measured layout "
+        f"predicted speed of the {len(found)} hand-made layouts of Narayanan et al. 2021 (table 1), which recompute "
+        f"every block. On a measured grid of one node they reach {measured:.0f} % of the fastest measured layout "
         f"(docs/planner.md)",
     )
 
