@@ -66,7 +66,7 @@ def run_launch(words: Sequence[str]) -> int:
     own = {_key(name): found[name] for name in _OWN[scheduler] if name in found}
     per_node = found.get("--gpus-per-node")
     # The options first: they are checked at once, the search of a layout takes seconds.
-    slurm = SlurmOptions(**_slurm_values(own)) if scheduler == "slurm" else None
+    slurm = _slurm_options(own) if scheduler == "slurm" else None
     kubernetes = KubernetesOptions(**own) if scheduler == "kubernetes" else None
     job = plan_job(
         Path(others[0]),
@@ -90,9 +90,10 @@ def _key(option: str) -> str:
     return option[2:].replace("-", "_")
 
 
-def _slurm_values(own: dict[str, str]) -> dict[str, str | int]:
-    """Return the values with the names of SlurmOptions."""
-    values: dict[str, str | int] = {name: text for name, text in own.items() if name != "stop_before"}
-    if "stop_before" in own:
-        values["stop_before_s"] = whole_number("stop_before", own["stop_before"])
-    return values
+def _slurm_options(own: dict[str, str]) -> SlurmOptions:
+    default, stop = SlurmOptions(), own.get("stop_before")
+    return SlurmOptions(
+        own.get("time", default.time),
+        default.stop_before_s if stop is None else whole_number("stop_before", stop),
+        own.get("setup", default.setup),
+    )
