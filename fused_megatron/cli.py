@@ -27,6 +27,7 @@ commands:
   evaluate RUN [--data.path TEXT ...]           loss and perplexity of a run's newest checkpoint, on any text
   preprocess FILES.. --output PREFIX [..]       text to a dataset of token ids, by all cores; resumable
   launch --nproc-per-node N COMMAND ...         N ranks of a command, such as train, on this machine
+  launch slurm|kubernetes CONFIG --nodes N      print the file that trains a config on a cluster
   generate RUN "prompt" ... [--num-tokens N]    continue prompts with a run's newest checkpoint
   convert from-hf FOLDER RUN | to-hf RUN FOLDER a model of Hugging Face transformers to a run, and back
   verify CONFIG.toml [--all] [--json]           whether a layout computes what one process does, without GPUs
@@ -175,7 +176,7 @@ def _train(argv: Sequence[str]) -> int:
             newest = "unknown"
         end_now(f"{found}; newest checkpoint: {newest}; the same command resumes from the newest good one")
     stop.end(ignore=not finished)  # a late signal must not make a run fail that has saved everything
-    return 0
+    return 0 if finished else stop.exit_code
 
 
 def _evaluate(argv: Sequence[str]) -> int:
@@ -207,6 +208,10 @@ def _preprocess(argv: Sequence[str]) -> int:
 def _launch(argv: Sequence[str]) -> int:
     from fused_megatron.training.launcher import launch  # noqa: PLC0415
 
+    if argv and argv[0] in ("slurm", "kubernetes"):
+        from fused_megatron.planning.job_files.command import run_launch  # noqa: PLC0415
+
+        return run_launch(argv)
     return launch(argv)
 
 

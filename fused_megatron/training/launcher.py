@@ -16,7 +16,8 @@ USAGE = """usage: fused-megatron launch --nproc-per-node N COMMAND ...
 
 Start N ranks of a command (train, generate, evaluate or convert) on this machine, as torchrun does. SIGTERM, Ctrl-C,
 SIGHUP and SIGUSR1 reach every rank once: a training run then saves and ends, and this command ends with exit code 0.
-On several machines: torchrun -m fused_megatron COMMAND ..."""
+On several machines: torchrun -m fused_megatron COMMAND ..., or
+  fused-megatron launch slurm|kubernetes CONFIG.toml --nodes N    print the file for a cluster (--help: its options)"""
 
 STORE_VARIABLE = "FUSED_MEGATRON_STORE"
 """Variable with the path of the file by which ranks of one machine find each other."""

@@ -7,10 +7,13 @@ import threading
 import time
 from typing import Any
 
+from fused_megatron.checks import SharedInputError
 from fused_megatron.training.error_line import print_error, prints_for_host
 
 LAUNCHER_VARIABLE = "FUSED_MEGATRON_LAUNCHER"
 """Variable in which our own launcher passes its process id."""
+STOPPED_CODE_VARIABLE = "FUSED_MEGATRON_STOPPED_CODE"
+"""Variable with the exit code of a run that was asked to end and has saved; by default 0, as of a run that is done."""
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
 REASONS = (*(number.name for number in SIGNALS), "a closed output", "the end of its launcher")
@@ -37,9 +40,15 @@ class StopRequest:
 
     Attributes:
         asked: one of REASONS; None if no stop was requested.
+
+    Raises:
+        SharedInputError: STOPPED_CODE_VARIABLE is no exit code.
     """
 
     def __init__(self) -> None:
+        code = os.environ.get(STOPPED_CODE_VARIABLE, "0")
+        if not code.isdecimal() or len(code) > 3 or int(code) > 255:
+            raise SharedInputError(f"{STOPPED_CODE_VARIABLE}={code:.40} must be an exit code, 0 to 255")
         self.asked: str | None = None
         self._times: dict[int, float] = {}
         self._began = False
@@ -53,6 +62,11 @@ class StopRequest:
         self._thread = threading.Thread(target=self._watch, daemon=True, name="stop-request")
         if self._launcher is not None:
             self._thread.start()
+
+    @property
+    def exit_code(self) -> int:
+        """Exit code of a run that was asked to end and has saved."""
+        return int(os.environ.get(STOPPED_CODE_VARIABLE, "0"))
 
     def begin(self) -> None:
         """Treat signals as requests from now on. Works only in the main thread; elsewhere signals stay as they are."""

@@ -142,6 +142,7 @@ def _train(config: TrainConfig, plan: PipelinePlan, run_path: Path, this_rank: T
                     listener.close()
         _conclude(trainer, stopped_by, time.perf_counter() - started)
         trainer.executor.close()
+        on_every_rank(lambda: None)  # a launcher may end the others as soon as one has ended with a code other than 0
         return stopped_by is None
     finally:
         lease.give_back()

@@ -7,39 +7,11 @@ import pytest
 import fused_megatron as fm
 from fused_megatron.planning.verify.config_check import verify_config
 from fused_megatron.planning.verify.layout_parts import NEEDS
-from fused_megatron.planning.verify.layout_run import run_layout
-from fused_megatron.planning.verify.module_run import run_module
+from fused_megatron.planning.verify.planted import conclusion, verify_planted
 from fused_megatron.testing.planted_faults import FAULTS, Fault, fault
-from fused_megatron.testing.run_on_ranks import run_on_ranks
 
 # One of a run, one of a module; the others need minutes.
 FAST = {"averaged over replicas", "bias on every rank"}
-
-
-def planted_layout(rank: int, world_size: int, name: str, config: Any) -> Any:
-    with fault(name).plant():
-        return run_layout(rank, world_size, config)
-
-
-def planted_module(rank: int, world_size: int, name: str, run: Any) -> Any:
-    with fault(name).plant():
-        return run_module(rank, world_size, run)
-
-
-def with_fault(planted: Fault) -> Any:
-    """What verify says of the layout that has the fault."""
-    if planted.config is not None:
-        return verify_config(
-            planted.config,
-            run=lambda config: run_on_ranks(planted_layout, config.parallel.num_ranks, planted.name, config),
-        )
-    assert planted.build_model is not None
-    return fm.verify(
-        planted.build_model,
-        {"tp": 2},
-        planted.batch,
-        run=lambda spec: run_on_ranks(planted_module, spec.num_ranks, planted.name, spec),
-    )
 
 
 def without_fault(planted: Fault) -> Any:
@@ -56,8 +28,9 @@ def some_slow(names: Any) -> list[Any]:
 @pytest.mark.parametrize("name", some_slow(each.name for each in FAULTS))
 def test_a_planted_fault_is_caught_and_named(name: str) -> None:
     planted = fault(name)
-    result = with_fault(planted)
+    result = verify_planted(planted)
     (layout,) = result.layouts
+    assert conclusion(planted, result)[1]
     assert not result and layout.error is None
     first = result.first_difference
     assert planted.is_named_by(first.described), result.table()

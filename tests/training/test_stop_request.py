@@ -8,7 +8,8 @@ import time
 
 import pytest
 
-from fused_megatron.training.stop_request import LAUNCHER_VARIABLE, REASONS, StopRequest
+from fused_megatron.checks import InputError
+from fused_megatron.training.stop_request import LAUNCHER_VARIABLE, REASONS, STOPPED_CODE_VARIABLE, StopRequest
 
 
 @pytest.mark.parametrize(
@@ -111,3 +112,13 @@ def test_a_process_that_never_looks_ends_at_the_second_interrupt() -> None:
         process.send_signal(signal.SIGINT)
         assert "ended by SIGINT; the same command resumes" in process.stderr.read()
     assert process.returncode == 130
+
+
+def test_the_exit_code_of_a_run_that_was_asked_to_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert StopRequest().exit_code == 0
+    monkeypatch.setenv(STOPPED_CODE_VARIABLE, "75")
+    assert StopRequest().exit_code == 75
+    for code in ("-1", "256", "x", ""):
+        monkeypatch.setenv(STOPPED_CODE_VARIABLE, code)
+        with pytest.raises(InputError, match=f"{STOPPED_CODE_VARIABLE}={code} must be an exit code, 0 to 255"):
+            StopRequest()

@@ -11,8 +11,10 @@ from fused_megatron.planning.verify.config_check import (
     run_layout_on_ranks,
     verify_config,
 )
+from fused_megatron.planning.verify.planted import conclusion, find_fault, list_of_faults, verify_planted
 
 USAGE = """usage: fused-megatron verify CONFIG.toml [--section.key value ...] [--all] [--dtype] [--json] [--against one]
+       fused-megatron verify --plant list|NAME [CONFIG.toml [--section.key value ...]] [--json]
 
 Checks that the layout of a config computes what one process computes: loss, outputs of modules, every gradient, their
 norm, and the weights after three updates. It starts its own ranks on this machine (eight at most, no GPU) with a
@@ -23,8 +25,10 @@ proves.
   --dtype         compute in the precision of the config (default: float32)
   --json          print the result as JSON
   --against one   compare the layout with one process, which is the only choice
+  --plant NAME    plant a known fault into the ranks, of the config or of a run that shows it: an exercise. list: names
 
-Exit code 0: the same; 1: it differs, or a rank failed; 2: bad input. Keys of the config:
+Exit code 0: the same (with --plant: the report names the fault); 1: it differs, or a rank failed; 2: bad input.
+Keys of the config:
 """
 
 
@@ -43,7 +47,9 @@ def run_verify(words: Sequence[str], run: RunLayout = run_layout_on_ranks) -> in
         print_help("fused-megatron verify CONFIG.toml", [word for word in words if word.startswith("--model.family")])
         return 0
     check_starts_own_ranks("verify")
-    flags, rest = _flags(words)
+    flags, plant, rest = _flags(words)
+    if plant is not None:
+        return _run_planted(plant, rest, flags)
     if not rest or rest[0].startswith("-"):
         raise InputError("verify needs a config file first (a starting point: examples/gpt_tiny_3d.toml)")
     config = load_config(Path(rest[0]), rest[1:])
@@ -52,9 +58,25 @@ def run_verify(words: Sequence[str], run: RunLayout = run_layout_on_ranks) -> in
     return 0 if result.ok else 1
 
 
-def _flags(words: Sequence[str]) -> tuple[set[str], list[str]]:
-    """Split the arguments into the options of this command and the arguments of the config."""
+def _run_planted(name: str, rest: Sequence[str], flags: set[str]) -> int:
+    """Print the faults, or the verification of a layout with a fault; return 0 if the report names it."""
+    if name == "list":
+        print(list_of_faults())
+        return 0
+    planted = find_fault(name)
+    if wrong := sorted(flags - {"--json"}):
+        raise InputError(f"{wrong[0]} does not go with --plant, which makes one run in float32")
+    config = load_config(Path(rest[0]), rest[1:]) if rest else None
+    result = verify_planted(planted, config, *rest[:1])
+    text, named = conclusion(planted, result)
+    print(result.as_json() if "--json" in flags else f"{result.table()}\n\n{text}")
+    return 0 if named else 1
+
+
+def _flags(words: Sequence[str]) -> tuple[set[str], str | None, list[str]]:
+    """Split the arguments into the options of this command, the fault to plant, and the arguments of the config."""
     flags: set[str] = set()
+    plant: str | None = None
     rest: list[str] = []
     waiting = list(words)
     while waiting:
@@ -64,10 +86,12 @@ def _flags(words: Sequence[str]) -> tuple[set[str], list[str]]:
             value = value if equals else (waiting.pop(0) if waiting else "")
             if value != "one":
                 raise InputError(f"--against={value!r:.40} must be 'one': a layout is compared with one process")
+        elif name == "--plant":
+            plant = value if equals else (waiting.pop(0) if waiting else "")
         elif name in ("--all", "--dtype", "--json"):
             if equals:
                 raise InputError(f"{word} must be {name}: it takes no value")
             flags.add(name)
         else:
             rest.append(word)
-    return flags, rest
+    return flags, plant, rest

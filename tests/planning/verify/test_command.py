@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 from fused_megatron import cli
+from fused_megatron.checks import InputError
 from fused_megatron.config import TrainConfig
 from fused_megatron.planning.verify.command import run_verify
 from fused_megatron.planning.verify.layout_run import run_layout
@@ -54,6 +55,27 @@ def test_a_right_layout_ends_with_0_and_a_wrong_one_with_1(config: Path, capsys:
     assert layout["likely_axis"] == "data parallel; by itself right: microbatches"
     assert layout["first"]["kind"] == "gradient" and layout["first"]["ranks"].keys() == {"0", "1"}
     assert {row["kind"] for row in layout["rows"]} == {"start", "output", "loss", "gradient", "norm", "weight"}
+
+
+def test_a_planted_fault_is_an_exercise(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run_verify(["--plant", "list"]) == 0
+    listed = capsys.readouterr().out
+    assert "last_bucket_not_sent" in listed and "data parallel" in listed
+    assert run_verify(["--plant=last-bucket-not-sent", str(config)]) == 0
+    shown = capsys.readouterr().out
+    assert "DIFFERENT, first in order of computation: gradient of" in shown
+    assert "planted: last_bucket_not_sent (" in shown and shown.endswith("its axis, data parallel\n")
+    # A layout without tensor parallelism does not show a fault of tensor parallelism.
+    assert run_verify(["--plant", "embedding_not_summed", str(config)]) == 1
+    assert "NOT FOUND: this layout does not show it" in capsys.readouterr().out
+    for words, message in (
+        (["--plant", "nothing"], "plant='nothing' must be one of: 'smoothing_by_the_local_vocabulary', "),
+        (["--plant"], "plant='' must be one of"),
+        (["--plant", "bias_on_every_rank", str(config)], "plant=bias_on_every_rank is a fault of a module: leave"),
+        (["--plant", "embedding_not_summed", "--all"], "--all does not go with --plant"),
+    ):
+        with pytest.raises(InputError, match=message):
+            run_verify(words)
 
 
 def test_bad_input_is_one_line(

@@ -1,0 +1,1 @@
+"""Files with which a scheduler starts a run: Slurm, Kubernetes."""
