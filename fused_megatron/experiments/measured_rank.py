@@ -143,7 +143,8 @@ def _step_ms(step: RecordedStep) -> float:
             lr=config.optimizer.lr,
             num_targets=config.training.global_batch_size * config.model.seq_len,
             group=dist.group.WORLD if mesh.world_size > 1 else None,
-            flags=lambda: [0.0],
+            flags=tuple,
+            num_refusing=0,
             judge=lambda sums: None,
         )
         times.append(1e3 * (time.perf_counter() - start))
