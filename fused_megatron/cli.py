@@ -35,7 +35,7 @@ commands:
   dry-run CONFIG [--ranks N] [--rank R]         memory, FLOPs and transfers of any layout, without a GPU
   predict CONFIG --cluster NAME|FILE [..]       time, memory and cost of a step on a cluster, without a GPU
   calibrate [--ranks N] [--output FILE]         speeds of this machine, as a cluster file for predictions
-  doctor [--json]                               state of the installation, faults, and how to mend them
+  doctor [--json] [--config CONFIG.toml]        state of the installation, faults, and how to mend them
   report FILE...                                benchmark results as tables and plots; two runs compared
   audit [--op OP] [--arch ARCH] [--write FILE]  cost of the GPU kernels, found without a GPU
 
