@@ -37,7 +37,7 @@ commands:
   predict CONFIG --cluster NAME|FILE [..]       time, memory and cost of a step on a cluster, without a GPU
   calibrate [--ranks N] [--output FILE]         speeds of this machine, as a cluster file for predictions
   experiment list|show|run|all [ID ...]         experiments of the papers: measured here, predicted there
-  doctor [--json]                               state of the installation, faults, and how to mend them
+  doctor [--json] [--config CONFIG.toml]        state of the installation, faults, and how to mend them
   report FILE...                                benchmark results as tables and plots; two runs compared
   audit [--op OP] [--arch ARCH] [--write FILE]  cost of the GPU kernels, found without a GPU
   audit --step CONFIG.toml [--write PAGE.md]    kernels, bytes, waits and collectives of a step on GPUs

@@ -105,7 +105,7 @@ def test_generate_continues_the_prompt_and_repeats_itself(folder: Path, capsys: 
     (["--parallel.schedule", "zb_v", "--parallel.stages-per-rank", "3"], "stages_per_rank=3 must be 2 for zb_v"),
     (["--parallel.pipeline-cut", "1", "1"], "pipeline_cut=[1, 1] must have one number of blocks for each of the 1"),
     (["--parallel.tensor-parallel-size", "2"], "= 2 must equal the world size 1 (start 2 ranks: torchrun"),
-    (["--training.dtype", "float16"], "dtype='float16' must be 'float32' or 'bfloat16'"),
+    (["--training.dtype", "float16"], "dtype='float16' must be one of: 'auto', 'float32', 'bfloat16'"),
     (["--data.path", "/nowhere/at/all"], "/nowhere/at/all"),
     (["--training.run-folder", "/proc/no/run"], "training.run_folder=/proc/no/run cannot be written"),
     (["stray"], "unexpected argument 'stray' (an option begins with --)"),

@@ -29,6 +29,15 @@ def device_code(library: Path) -> tuple[str, ...]:
     return tuple(f"{names[kind]}_{arch}{suffix}" for kind, arch, suffix in ordered)
 
 
+def toolkit_release(library: Path) -> str | None:
+    """Return the release of the CUDA toolkit that compiled a library's GPU code, such as "13.0"; None for none."""
+    if not library.stat().st_size:
+        return None
+    with library.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+        found = re.search(rb"Cuda compilation tools, release (\d+\.\d+)", data)
+        return found[1].decode() if found else None
+
+
 def _entries(data: mmap.mmap, at: int, end: int) -> Iterable[tuple[int, int, str]]:
     while at + 48 <= end:
         kind, _, header, size = struct.unpack_from("<HHIQ", data, at)

@@ -3,13 +3,12 @@
 import fnmatch
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
 
 from fused_megatron.doctor.device_code import runs_on
 from fused_megatron.doctor.facts import Facts, Gpu, numbers
+from fused_megatron.doctor.finding import BROKEN, NOTE, SLOW, Finding
+from fused_megatron.doctor.gpu_diagnosis import ALLOCATOR_VARIABLES, diagnose_gpus
 from fused_megatron.optional_packages import install_command
-
-BROKEN, SLOW, NOTE = "broken", "slow", "note"
 
 _SLOW_LOOKUP_S = 0.5
 _OLDEST_NVCC = "12.8"
@@ -29,29 +28,25 @@ _OF_TORCHRUN = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "LOCAL_RANK"
 # Environment variables that the doctor reads.
 VARIABLES = (
     *_OF_TORCHRUN, *_SLOWING, "OMP_NUM_THREADS", "GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME", "CUDA_VISIBLE_DEVICES",
-    "CUDA_DEVICE_MAX_CONNECTIONS", "FUSED_MEGATRON_LIBRARY", "TORCHELASTIC_RUN_ID",
+    "CUDA_DEVICE_MAX_CONNECTIONS", "FUSED_MEGATRON_LIBRARY", "TORCHELASTIC_RUN_ID", *ALLOCATOR_VARIABLES,
 )  # fmt: skip
-
-
-@dataclass(frozen=True)
-class Finding:
-    """A problem of this machine, or a note.
-
-    Attributes:
-        level: "broken": training fails, or does not run what is installed; "slow": training is slower than it could be;
-            "note": may surprise.
-        text: the problem and its effect.
-        command: command that mends it; "" if there is nothing to do.
-    """
-
-    level: str
-    text: str
-    command: str = ""
 
 
 def diagnose(facts: Facts) -> list[Finding]:
     """Return all findings, the worst first."""
-    parts = (_packages, _library, _gpus, _gpu_kernels, _names, _interfaces, _loopback, _threads, _environment, _tokens)
+    parts = (
+        _packages,
+        _library,
+        _gpus,
+        _gpu_kernels,
+        diagnose_gpus,
+        _names,
+        _interfaces,
+        _loopback,
+        _threads,
+        _environment,
+        _tokens,
+    )
     found = [finding for part in parts for finding in part(facts)]
     return sorted(found, key=lambda finding: (BROKEN, SLOW, NOTE).index(finding.level))
 

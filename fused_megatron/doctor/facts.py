@@ -100,6 +100,7 @@ class Library:
         loads: whether torch has loaded it.
         reason: why it is not loaded.
         device_code: architectures of its GPU code, such as "sm_80", "sm_90a", "ptx_100".
+        toolkit: release of the CUDA toolkit that compiled this code, such as "13.0"; None if there is none.
         changed_since: a source file that is newer than the library; None if there is none.
         ops: the implementations of every op.
         attention: the kernels of attention, which are torch's.
@@ -113,6 +114,7 @@ class Library:
     changed_since: str | None = None
     ops: tuple[OpKernels, ...] = ()
     attention: tuple[AttentionKernel, ...] = ()
+    toolkit: str | None = None
 
 
 @dataclass(frozen=True)
@@ -148,6 +150,23 @@ class Gpu:
 
 
 @dataclass(frozen=True)
+class Buses:
+    """The place of GPUs and network cards in the machine.
+
+    Attributes:
+        numa_nodes: number of memory nodes.
+        gpu_nodes: the node of each GPU, by bus address; -1 if the system does not say.
+        infiniband: state and rate of each port of an InfiniBand or RoCE card, such as "mlx5_0/1: ACTIVE, 400 Gb/sec".
+        peer_memory: whether the kernel module is loaded that lets such a card read a GPU's memory.
+    """
+
+    numa_nodes: int = 1
+    gpu_nodes: dict[str, int] = field(default_factory=dict)
+    infiniband: tuple[str, ...] = ()
+    peer_memory: bool = False
+
+
+@dataclass(frozen=True)
 class Machine:
     """Processor, memory and GPUs.
 
@@ -162,6 +181,8 @@ class Machine:
         gpus: the GPUs that the driver sees; torch may see fewer.
         driver: version of the driver.
         links: number of GPU pairs by kind of link ("NV18": NVLink; "SYS", "PHB", ..: PCIe).
+        driver_cuda: newest CUDA of the driver, such as "13.0"; None if it is not known.
+        buses: memory nodes of the GPUs, and network cards.
     """
 
     cpu: str = ""
@@ -174,6 +195,8 @@ class Machine:
     gpus: tuple[Gpu, ...] = ()
     driver: str | None = None
     links: dict[str, int] = field(default_factory=dict)
+    driver_cuda: str | None = None
+    buses: Buses = field(default_factory=Buses)
 
 
 @dataclass(frozen=True)
@@ -199,6 +222,53 @@ class Network:
     localhost_lookup_s: float | None = 0.0
     loopback_error: str | None = None
     loopback_ms: float | None = None
+
+
+@dataclass(frozen=True)
+class OpTrial:
+    """A call of an op on a GPU, forward and backward.
+
+    Attributes:
+        op: its name.
+        error: largest error of its results, relative to the right values; None if it raised.
+        problem: why it is wrong or raised; None if it is right.
+    """
+
+    op: str
+    error: float | None
+    problem: str | None = None
+
+
+@dataclass(frozen=True)
+class TwoRanks:
+    """A trial of two ranks, each on a GPU of this machine.
+
+    Attributes:
+        gb_per_s: bus bandwidth of an all-reduce of 64 MiB, in 10^9 bytes per second; None if it failed.
+        problem: why it failed; None if it succeeded.
+        maps_memory: whether the ranks map each other's memory, for torch's fused products.
+    """
+
+    gb_per_s: float | None = None
+    problem: str | None = None
+    maps_memory: bool = False
+
+
+@dataclass(frozen=True)
+class GpuTrials:
+    """Trials on the GPUs of this machine. Empty without a GPU.
+
+    Attributes:
+        ops: a call of each op.
+        attention: the backend that torch gives to dense attention, by inputs.
+        cudnn: version of cuDNN, such as "9.20.0"; None if torch has none.
+        two_ranks: two ranks with NCCL; None on a machine with one GPU.
+    """
+
+    ops: tuple[OpTrial, ...] = ()
+    attention: tuple[AttentionKernel, ...] = ()
+    cudnn: str | None = None
+    two_ranks: TwoRanks | None = None
 
 
 @dataclass(frozen=True)
@@ -234,6 +304,7 @@ class Facts:
     network: Network
     environment: dict[str, str] = field(default_factory=dict)
     tokens: tuple[TokenFile, ...] = ()
+    gpu_trials: GpuTrials = field(default_factory=GpuTrials)
 
 
 def numbers(version: str) -> tuple[int, ...]:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from fused_megatron.checks import first_line
-from fused_megatron.doctor.device_code import device_code
+from fused_megatron.doctor.device_code import device_code, toolkit_release
 from fused_megatron.doctor.facts import AttentionKernel, Installation, Library, OpKernels, Package, Torch
 
 _PACKAGE = Path(__file__).parents[1]
@@ -123,6 +123,7 @@ def find_library(torch_works: bool, chosen: str | None) -> Library:
         loads=loads,
         reason=reason,
         device_code=device_code(path) if exists else (),
+        toolkit=toolkit_release(path) if exists else None,
         changed_since=_newer_source(path) if exists and not chosen else None,
         ops=ops,
         attention=_attention_kernels() if torch_works else (),

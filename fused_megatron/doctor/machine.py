@@ -9,6 +9,7 @@ import sys
 from collections import Counter
 from pathlib import Path
 
+from fused_megatron.doctor.buses import find_buses
 from fused_megatron.doctor.facts import Gpu, Machine, Tools
 from fused_megatron.observe.free_memory import memory_bytes
 from fused_megatron.observe.processor import processor_name_and_flags
@@ -58,6 +59,8 @@ class Questions:
         columns = "--query-gpu=name,compute_cap,memory.total,driver_version"
         self.gpus = Question("nvidia-smi", columns, "--format=csv,noheader,nounits")
         self.links = Question("nvidia-smi", "topo", "-m")
+        self.addresses = Question("nvidia-smi", "--query-gpu=pci.bus_id", "--format=csv,noheader")
+        self.driver = Question("nvidia-smi")
 
 
 def _nvcc() -> str | None:
@@ -96,6 +99,8 @@ def find_machine(questions: Questions) -> Machine:
         gpus=gpus,
         driver=driver,
         links=parse_links(questions.links.answer or ""),
+        driver_cuda=parse_driver_cuda(questions.driver.answer or ""),
+        buses=find_buses((questions.addresses.answer or "").split()),
     )
 
 
@@ -106,6 +111,12 @@ def parse_gpus(output: str) -> tuple[tuple[Gpu, ...], str | None]:
     memory = [float(row[2]) * 2**20 / 1e9 if row[2].isdigit() else 0.0 for row in rows]
     gpus = tuple(Gpu(row[0], row[1], size) for row, size in zip(rows, memory, strict=True))
     return gpus, rows[0][3] if rows else None
+
+
+def parse_driver_cuda(output: str) -> str | None:
+    """Return the newest CUDA of the driver, such as "13.0", from what nvidia-smi prints; None if it does not say."""
+    found = re.search(r"CUDA (?:UMD )?Version: *(\d+\.\d+)", output)
+    return found[1] if found else None
 
 
 def parse_links(output: str) -> dict[str, int]:

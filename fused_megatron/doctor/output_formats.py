@@ -8,8 +8,9 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from fused_megatron.doctor.device_code import runs_on
-from fused_megatron.doctor.diagnosis import BROKEN, NOTE, SLOW, Finding
 from fused_megatron.doctor.facts import Facts
+from fused_megatron.doctor.finding import BROKEN, NOTE, SLOW, Finding
+from fused_megatron.doctor.gpu_diagnosis import has_expandable_segments
 
 Section = tuple[str, list[tuple[str, str]]]
 
@@ -38,6 +39,7 @@ def sections(facts: Facts) -> list[Section]:
         ("Installed", _installed(facts)),
         ("Kernels", _kernels(facts)),
         ("Machine", _machine(facts)),
+        ("GPU trials", _gpu_trials(facts)),
         ("Ranks", _ranks(facts)),
         *([("Tokens", _tokens(facts))] if facts.tokens else []),
     ]
@@ -99,6 +101,39 @@ def _machine(facts: Facts) -> list[tuple[str, str]]:
         ]
         rows.append(("GPU links", ", ".join(kinds)))
     return rows
+
+
+def _gpu_trials(facts: Facts) -> list[tuple[str, str]]:
+    trials, machine, buses = facts.gpu_trials, facts.machine, facts.machine.buses
+    toolkit = facts.library.toolkit
+    library = f"the library needs CUDA {toolkit.partition('.')[0]}" if toolkit else "the library has no GPU code"
+    rows = {
+        "ops": "",
+        "attention": "",
+        "cuDNN": trials.cudnn or "none",
+        "two NCCL ranks": "one GPU only",
+        "symmetric memory": "one GPU only",
+        "driver": f"{machine.driver or 'unknown'}, CUDA {machine.driver_cuda or 'unknown'}; {library}",
+        "memory nodes": ", ".join(f"{address} at {_node(node)}" for address, node in buses.gpu_nodes.items())
+        or "unknown",
+        "expandable_segments": "on" if has_expandable_segments(facts) else "off",
+    }
+    right = [trial for trial in trials.ops if trial.problem is None]
+    rows["ops"] = f"{len(right)} of {len(trials.ops)} as in float64 on the CPU, forward and backward"
+    if trials.two_ranks is not None:
+        speed = trials.two_ranks.gb_per_s
+        rows["two NCCL ranks"] = "failed" if speed is None else f"added up 64 MiB at {speed:.0f} GB/s"
+        rows["symmetric memory"] = "mapped" if trials.two_ranks.maps_memory else "not mapped"
+    if not facts.torch.sees_gpus:
+        rows = dict.fromkeys(rows, "no GPU")
+    found = [(name, value) for name, value in rows.items() if name != "attention" or not facts.torch.sees_gpus]
+    found += [(f"attention, {each.inputs}", f"{each.kernel}: {each.reason}") for each in trials.attention]
+    peers = "" if buses.peer_memory else "; nvidia_peermem is not loaded"
+    return [*found, ("InfiniBand", f"{', '.join(buses.infiniband)}{peers}" if buses.infiniband else "no card")]
+
+
+def _node(node: int) -> str:
+    return "an unknown node" if node < 0 else f"node {node}"
 
 
 def _ranks(facts: Facts) -> list[tuple[str, str]]:

@@ -13,8 +13,8 @@ from pathlib import Path
 import pytest
 
 from fused_megatron import cli
-from fused_megatron.doctor.device_code import device_code, runs_on
-from fused_megatron.doctor.machine import Question, parse_gpus, parse_links
+from fused_megatron.doctor.device_code import device_code, runs_on, toolkit_release
+from fused_megatron.doctor.machine import Question, parse_driver_cuda, parse_gpus, parse_links
 from fused_megatron.doctor.network import Lookup, Lookups, find_network
 from fused_megatron.extension import LIBRARY
 
@@ -88,7 +88,11 @@ def test_no_dependency_at_all() -> None:
 
 def test_unknown_arguments_and_help(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["doctor", "--jsn"]) == 2
-    assert "unknown option --jsn (options: --json, --data PREFIX)" in capsys.readouterr().err
+    assert "unknown option --jsn (options: --json, --data PREFIX, --config CONFIG.toml)" in capsys.readouterr().err
+    assert cli.main(["doctor", "--config"]) == 2
+    assert "--config needs a .toml file" in capsys.readouterr().err
+    assert cli.main(["doctor", "--config", "nowhere.toml"]) == 2
+    assert "nowhere.toml" in capsys.readouterr().err
     assert cli.main(["doctor", "--help"]) == 0
     assert "--json" in capsys.readouterr().out
 
@@ -132,6 +136,8 @@ NIC0\tPIX\tSYS\tSYS\t X
 """
     assert parse_links(matrix) == {"NV18": 1, "SYS": 2}
     assert parse_links("") == {}
+    table = "| NVIDIA-SMI 580.65.06    Driver Version: 580.65.06    CUDA Version: 13.0     |"
+    assert parse_driver_cuda(table) == "13.0" and parse_driver_cuda("") is None
 
 
 def test_device_code_of_a_fat_binary(tmp_path: Path) -> None:
@@ -145,7 +151,10 @@ def test_device_code_of_a_fat_binary(tmp_path: Path) -> None:
     file.write_bytes(b"ELF" + magic + struct.pack("<HHQ", 1, 16, len(entries)) + entries + b"tail" + magic)
     assert device_code(file) == ("sm_80", "sm_90a", "ptx_100")
     (tmp_path / "empty.so").touch()
-    assert device_code(tmp_path / "empty.so") == ()
+    assert device_code(tmp_path / "empty.so") == () and toolkit_release(tmp_path / "empty.so") is None
+    assert toolkit_release(file) is None
+    file.write_bytes(file.read_bytes() + b"\0Cuda compilation tools, release 13.0, V13.0.88\0")
+    assert toolkit_release(file) == "13.0"
 
 
 @pytest.mark.skipif(shutil.which("nvcc") is None, reason="needs nvcc")

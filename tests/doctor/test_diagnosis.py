@@ -5,20 +5,26 @@ from typing import Any
 
 import pytest
 
-from fused_megatron.doctor.diagnosis import BROKEN, NOTE, SLOW, diagnose
+from fused_megatron.doctor.diagnosis import diagnose
 from fused_megatron.doctor.facts import (  # fmt: skip
+    AttentionKernel,
+    Buses,
     Facts,
     Gpu,
+    GpuTrials,
     Installation,
     Library,
     Machine,
     Network,
     OpKernels,
+    OpTrial,
     Package,
     Tools,
     Torch,
+    TwoRanks,
     numbers,
 )
+from fused_megatron.doctor.finding import BROKEN, NOTE, SLOW
 from fused_megatron.doctor.output_formats import as_json, plain, verdict
 
 H100 = Gpu("NVIDIA H100", "9.0", 80.0)
@@ -35,11 +41,31 @@ def healthy() -> Facts:
     return Facts(
         Installation("0.1.0", "3.12.1", "Linux x86_64", "/src", packages),
         Torch(None, "CUDA 13.0", {"gloo": True, "nccl": True}, 2, 16),
-        Library("/src/_torch_ops.so", True, True, "", CODES, None, ops),
+        Library("/src/_torch_ops.so", True, True, "", CODES, None, ops, toolkit="13.0"),
         Tools("g++ 12", "/usr/bin/gcc", "/usr/local/bin/nvcc", "13.0"),
-        Machine("Xeon", ("AVX-512",), 16, 16.0, 128.0, 100.0, 64.0, (H100, H100), "580.1", {"NV18": 1}),
+        Machine(
+            "Xeon",
+            ("AVX-512",),
+            16,
+            16.0,
+            128.0,
+            100.0,
+            64.0,
+            (H100, H100),
+            "580.1",
+            {"NV18": 1},
+            "13.0",
+            Buses(2, {"00000000:1B:00.0": 0, "00000000:BC:00.0": 0}, ("mlx5_0/1: ACTIVE, 400 Gb/sec",), True),
+        ),
         Network("node1", {"lo": "127.0.0.1", "eth0": "10.0.0.7"}, ("10.0.0.7",), ("10.0.0.7",), 0.01, 0.01, None, 20.0),
-        {},
+        {"PYTORCH_ALLOC_CONF": "expandable_segments:True"},
+        (),
+        GpuTrials(
+            (OpTrial("layer_norm", 1e-3), OpTrial("cross_entropy", 2e-3)),
+            (AttentionKernel("bfloat16", "FLASH_ATTENTION", "torch's first choice"),),
+            "9.20.0",
+            TwoRanks(320.0, None, True),
+        ),
     )
 
 
@@ -59,7 +85,8 @@ def packages(**installed: str | None) -> dict[str, Any]:
 
 
 CPU_TORCH = {"build": "CPU", "sees_gpus": 0, "backends": {"gloo": True, "nccl": False}}
-NO_GPU = {"gpus": (), "driver": None, "links": {}}
+NO_GPU = {"gpus": (), "driver": None, "links": {}, "driver_cuda": None, "buses": Buses()}
+NOT_TRIED = {"ops": (), "attention": (), "cudnn": None, "two_ranks": None}
 CASES = {
     "torch absent": (
         {"installation": packages(torch=None), "torch": {"error": "ModuleNotFoundError: No module named 'torch'"}},
@@ -179,6 +206,46 @@ CASES = {
     "one connection": (
         {"environment": {"CUDA_DEVICE_MAX_CONNECTIONS": "1"}}, NOTE, "is not needed", "unset CUDA_DEVICE_MAX",
     ),
+    "a kernel is wrong": (
+        {"gpu_trials": {"ops": (OpTrial("layer_norm", 0.7, "its results in float32 are off by 7e-01"),)}},
+        BROKEN, "layer_norm (CUDA) on GPU 0: its results in float32 are off", "export FUSED_MEGATRON_LIBRARY=",
+    ),
+    "a Triton kernel raises": (
+        {"gpu_trials": {"ops": (OpTrial("cross_entropy", None, "no kernel image"),)}},
+        BROKEN, "cross_entropy (Triton) on GPU 0: no kernel image", "",
+    ),
+    "attention stores its scores": (
+        {"gpu_trials": {"attention": (AttentionKernel("float32", "MATH", "not FLASH_ATTENTION: float32"),)}},
+        SLOW, "attention of float32 stores all scores: MATH (not FLASH_ATTENTION: float32)", "",
+    ),
+    "NCCL fails": (
+        {"gpu_trials": {"two_ranks": TwoRanks(problem="unhandled system error")}},
+        BROKEN, "two NCCL ranks on this machine could not add up: unhandled system error", "NCCL_DEBUG=INFO",
+    ),
+    "NCCL does not take NVLink": (
+        {"gpu_trials": {"two_ranks": TwoRanks(22.0, None, True)}}, SLOW, "two NCCL ranks reach 22 GB/s", "NCCL_DEBUG",
+    ),
+    "no symmetric memory": (
+        {"gpu_trials": {"two_ranks": TwoRanks(320.0, None, False)}}, NOTE, "do not map each other's memory", "",
+    ),
+    "library newer than the driver": (
+        {"machine": {"driver_cuda": "12.8"}},
+        BROKEN, "driver 580.1 is of CUDA 12.8, the library of CUDA 13.0", "export FUSED_MEGATRON_LIBRARY=",
+    ),
+    "GPUs at two memory nodes": (
+        {"machine": {"buses": Buses(2, {"a": 0, "b": 1})}}, NOTE, "at 2 memory nodes", "--numa-binding node",
+    ),
+    "a network card is down": (
+        {"machine": {"buses": Buses(1, {}, ("mlx5_1/1: DOWN, 10 Gb/sec",), True)}}, NOTE, "mlx5_1/1: DOWN", "",
+    ),
+    "no peer memory": (
+        {"machine": {"buses": Buses(1, {}, ("mlx5_0/1: ACTIVE, 400 Gb/sec",), False)}},
+        NOTE, "nvidia_peermem is not loaded", "sudo modprobe nvidia_peermem",
+    ),
+    "fixed segments": (
+        {"environment": {"PYTORCH_ALLOC_CONF": "max_split_size_mb:64"}},
+        NOTE, "expandable segments", "export PYTORCH_ALLOC_CONF=expandable_segments:True",
+    ),
     "left over from torchrun": (
         {"environment": {"WORLD_SIZE": "8", "RANK": "0"}}, NOTE, "RANK=0, WORLD_SIZE=8", "unset RANK WORLD_SIZE",
     ),
@@ -213,11 +280,32 @@ def test_finding(parts: dict[str, Any], level: str, text: str, command: str) -> 
     {"environment": {"RANK": "0", "WORLD_SIZE": "2", "TORCHELASTIC_RUN_ID": "none"}},
     {"environment": {"OMP_NUM_THREADS": "1"}, "torch": {"threads": 1}},
     {"environment": {"CUDA_LAUNCH_BLOCKING": "0"}},
+    {"environment": {"PYTORCH_ALLOC_CONF": "", "PYTORCH_CUDA_ALLOC_CONF": "expandable_segments: True"}},
+    {"machine": {"driver_cuda": "13.1"}},
+    {"machine": {"driver_cuda": None}},
+    {"gpu_trials": {"two_ranks": None}, "machine": {"links": {}}},
     {"machine": {"gpus": (Gpu("A10", "8.6", 24.0), H100)}},
     {"tools": {"cc": None}, "torch": CPU_TORCH, "machine": NO_GPU, "environment": {"OMP_NUM_THREADS": "16"}},
 ], ids=str)  # fmt: skip
 def test_harmless_facts_give_no_finding(parts: dict[str, Any]) -> None:
     assert diagnose(changed(**parts)) == []
+
+
+def test_lines_of_the_trials() -> None:
+    lines = "\n".join(plain(healthy(), []))
+    for line in (
+        "2 of 2 as in float64 on the CPU",
+        "9.20.0",
+        "added up 64 MiB at 320 GB/s",
+        "symmetric memory  ",
+        "580.1, CUDA 13.0; the library needs CUDA 13",
+        "1B:00.0 at node 0",
+        "mlx5_0/1: ACTIVE",
+        "FLASH_ATTENTION",
+    ):
+        assert line in lines
+    without = "\n".join(plain(changed(torch=CPU_TORCH, machine=NO_GPU, gpu_trials=NOT_TRIED), []))
+    assert without.count("no GPU") == 8
 
 
 def test_versions_compare_by_number() -> None:

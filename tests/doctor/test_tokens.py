@@ -81,7 +81,8 @@ def test_without_checksums_and_without_data(tmp_path: Path, cache: Path) -> None
 
 
 def test_arguments() -> None:
-    assert _parse(["--data", "a", "--json", "--data", "b"]) == (True, ["a", "b"])
+    options = _parse(["--data", "a", "--json", "--config", "c.toml", "--data", "b"])
+    assert (options.as_json, options.datasets, options.config) == (True, ["a", "b"], "c.toml")
     for arguments in (["--data"], ["--help-me"], ["--json", "x"]):
         with pytest.raises(InputError, match="fused-megatron doctor: "):
             _parse(arguments)

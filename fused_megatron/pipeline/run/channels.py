@@ -108,7 +108,7 @@ def _connected_gloo(store: dist.Store, rank: int, size: int, timeout: timedelta)
     Where ranks connect on demand, a posted receive waits until its sender connects, and a look for dead ranks waits for
     ranks that live.
     """
-    gloo = dist.ProcessGroupGloo
+    gloo: Any = dist.ProcessGroupGloo  # its options are not in torch's stubs
     names = [name for name in os.environ.get("GLOO_SOCKET_IFNAME", "").split(",") if name]
     devices = [gloo.create_device(interface=name, lazy_init=False) for name in names]
     options = gloo._Options()
