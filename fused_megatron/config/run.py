@@ -56,11 +56,36 @@ class TrainConfig:
         check_divisible(
             "global_batch_size", self.training.global_batch_size, "microbatch_size", self.training.microbatch_size
         )
+        if self.training.cuda_graphs != "off":
+            self._check_cuda_graphs()
         check(
             not self.training.read_metrics_late or self.optimizer.kind == "adamw",
             f"read_metrics_late=True must be false with optimizer.kind={self.optimizer.kind!r}, whose update waits for "
             "the gradient norm (or set optimizer.kind='adamw')",
         )
+
+    def _check_cuda_graphs(self) -> None:
+        """Raise if a block does not do the same for each microbatch, or if several microbatches are under way."""
+        model, parallel = self.model, self.parallel
+        reasons = {
+            f"model.family={model.family!r}, whose masks differ": model.traits.predicts == "masked_tokens",
+            f"hidden_dropout={model.hidden_dropout}, which drops other elements each time": model.hidden_dropout > 0,
+            f"attention_dropout={model.attention_dropout}, which drops other elements each time": (
+                model.attention_dropout > 0
+            ),
+            "recompute='full' (recompute='selective' works)": model.recompute == "full",
+            f"num_experts={model.num_experts}, whose loads differ": model.num_experts is not None,
+            "mask_documents=True, whose masks differ": self.data.mask_documents,
+            f"pipeline_parallel_size={parallel.pipeline_parallel_size}, where several microbatches are under way": (
+                parallel.pipeline_parallel_size > 1
+            ),
+            f"context_parallel_size={parallel.context_parallel_size}": parallel.context_parallel_size > 1,
+            f"zero_stage={parallel.zero_stage}, whose gradients have new addresses each time": (
+                (parallel.zero_stage or 0) > 1
+            ),
+        }
+        reason = next((text for text, holds in reasons.items() if holds), None)
+        check(reason is None, f"cuda_graphs={self.training.cuda_graphs!r} must be 'off' with {reason}")
 
     def _check_context_parallel(self) -> None:
         parallel, multiple = self.parallel, self.parallel.row_multiple

@@ -17,6 +17,8 @@ MATMUL_PRECISIONS = ("highest", "high", "medium")
 """Values of training.matmul_precision: the words of torch.set_float32_matmul_precision."""
 TRACKERS = ("wandb", "trackio")
 """Values of training.trackers."""
+CUDA_GRAPHS = ("off", "block")
+"""Values of training.cuda_graphs."""
 _POSITIVE = (
     "num_steps",
     "global_batch_size",
@@ -80,6 +82,9 @@ class TrainingConfig:
     read_metrics_late: bool = False
     """Read loss, gradient norm and flags of a step after the next step has begun, so that a GPU does not wait for the
     host between two steps. A loss that is not finite then ends the run a step later, with the same weights."""
+    cuda_graphs: str = "off"
+    """CUDA graphs, which replay many kernels by one launch: off, or block (forward and backward of each block of a GPT:
+    for small models, whose launches take longer than their kernels)."""
     cluster: str | None = None
     """Cluster whose predicted step is logged beside the measured steps: a name such as h100, or a file that
     `fused-megatron calibrate` wrote. None: no prediction."""
@@ -96,6 +101,7 @@ class TrainingConfig:
         )
         for name in self.trackers:
             check_one_of("trackers", name, TRACKERS)
+        check_one_of("cuda_graphs", self.cuda_graphs, CUDA_GRAPHS)
         check(self.profile_steps >= 0, f"profile_steps={self.profile_steps} must be 0 or more")
         check(self.bucket_mb is None or self.bucket_mb > 0, f"bucket_mb={self.bucket_mb} must be above 0")
 

@@ -70,11 +70,11 @@ class HostWaits(TorchDispatchMode):
         if func._schema.name in _WAITS and args[0].is_meta:
             self._found(func._schema.name)
         outputs = func(*args, **kwargs)
+        options = _options(args, kwargs) if func is torch.ops.aten.copy_.default else kwargs
         tensors = [x for x in tree_leaves((args, kwargs, outputs)) if isinstance(x, torch.Tensor)]
         devices = {x.device.type for x in tensors if x.dim() or func in _COPIES}
         if devices > {"meta"} and func.name() not in _TAKE_HOST_TENSORS:
-            pinned = func in _COPIES and self._is_pinned(args[_COPIES[func]])
-            self._copied(func, kwargs if func is not torch.ops.aten.copy_.default else _options(args, kwargs), pinned)
+            self._copied(func, options, func in _COPIES and self._is_pinned(args[_COPIES[func]]))
         return outputs
 
     def _copied(self, func: Any, kwargs: Any, pinned: bool, to_host: bool = False) -> None:

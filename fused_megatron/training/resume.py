@@ -24,7 +24,7 @@ _WITHOUT_EFFECT = {
     "training": {
         *{"run_folder", "microbatch_size", "bucket_mb", "eval_interval", "eval_batches", "log_interval"},
         *{
-            "read_metrics_late",
+            *{"read_metrics_late", "cuda_graphs"},
             "checkpoint_interval",
             "keep_checkpoints",
             "async_checkpoint",

@@ -22,6 +22,7 @@ from fused_megatron.data.training_data import TrainingData, open_training_data
 from fused_megatron.inference.generation import generate
 from fused_megatron.kept_pages import keep_malloc_pages
 from fused_megatron.mesh import Mesh
+from fused_megatron.models.block_graphs import capture_blocks, check_graph_device
 from fused_megatron.optional_packages import install_command
 from fused_megatron.pipeline.view.recording import Recorder
 from fused_megatron.planning.prediction.beside_measured import (
@@ -108,6 +109,9 @@ def train(config: TrainConfig, run_path: Path, stop: StopRequest | None = None) 
 def _train(config: TrainConfig, plan: PipelinePlan, run_path: Path, this_rank: ThisRank, stop: StopRequest) -> bool:
     # In every process, before its first large tensor.
     pages_kept = this_rank.device.type == "cpu" and keep_malloc_pages()
+    with found_on_every_rank():
+        if config.training.cuda_graphs != "off":
+            check_graph_device(this_rank.device)
     reporter = Reporter(this_rank.rank == 0, config.training.log_interval)
     config = on_device(config, this_rank.device.type, reporter.say)
     run = RunFolder(run_path)
@@ -126,6 +130,9 @@ def _train(config: TrainConfig, plan: PipelinePlan, run_path: Path, this_rank: T
         model = build_stages(whole, mesh, plan, this_rank.device)
         beside = _predict(whole, mesh, run, reporter)
         assembly = assemble(config, mesh, plan, model, None if beside is None else beside.observe)
+        if whole.training.cuda_graphs == "block":
+            for stage in model.stages.values():
+                capture_blocks(stage, whole.training.microbatch_size)
         trainer = Trainer(assembly, data, run, reporter, stop, lease, beside)
         _resume(trainer, model_config)
         _introduce(trainer)

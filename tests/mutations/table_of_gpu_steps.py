@@ -2,6 +2,7 @@
 
 _STEP_SUMS = "fused_megatron/assembly/step_sums.py"
 _STEP_TESTS = "tests/assembly/test_training_step.py"
+_GRAPH_TESTS = "tests/models/test_block_graphs.py"
 _PARTS = ("tests/sharding/test_partial_gradients.py",)
 
 MUTATIONS = (
@@ -81,5 +82,19 @@ MUTATIONS = (
         "if self._ahead != position:",
         "if self._ahead is None:",
         ("tests/data/test_read_ahead.py::test_a_jump_reads_what_is_asked_for",),
+    ),
+    (
+        "a graph replays other shapes",
+        "fused_megatron/models/block_graphs.py",
+        "                value == wanted.get(name),\n",
+        "                True,\n",
+        (f"{_GRAPH_TESTS}::test_another_call_than_the_captured_one_is_refused",),
+    ),
+    (
+        "a graph replays in evaluation",
+        "fused_megatron/models/block_graphs.py",
+        "if not (self._block.training and torch.is_grad_enabled()):",
+        "if False:",
+        (f"{_GRAPH_TESTS}::test_evaluation_runs_the_block_itself",),
     ),
 )

@@ -335,9 +335,7 @@ ROWS: dict[str, Row] = {
     "training.num_steps": Row(3, steps_of("loss"), [1, 2, 3]),
     "training.global_batch_size": Row(6, lambda tried: tried.trained()[0].progress.samples_consumed, 24),
     "training.microbatch_size": Row(1, lambda tried: tried.assembly().executor.schedule.num_microbatches, 4),
-    "training.dtype": Row(
-        "bfloat16", lambda tried: next(iter(tried.assembly().parameters.values())).dtype, torch.bfloat16
-    ),
+    "training.dtype": Row("bfloat16", lambda t: next(iter(t.assembly().parameters.values())).dtype, torch.bfloat16),
     "training.matmul_precision": Row("high", lambda tried: whole_run(tried)[1], "high"),
     "training.seed": Row(5, everything_of_seed, CHANGED, {"model.hidden_dropout": 0.1}),
     "training.eval_interval": Row(3, steps_of("validation_loss"), [3, 4]),
@@ -359,6 +357,7 @@ ELSEWHERE = {
         ["data.weights", *(f"training.{name}" for name in ("run_folder", "log_interval", "tensorboard", "trackers"))],
         "test_lines_and_folders",
     ),
+    "training.cuda_graphs": "test_lines_and_folders",
 }
 
 
@@ -493,8 +492,9 @@ def test_lines_and_folders(folder: Path, tmp_path: Path, capsys: Any, monkeypatc
     for given, wanted in (({"training.run_folder": "some/where"}, "some/where"), ({}, "runs/my")):
         assert with_run_folder(config_of(folder, given), Path("my.toml")).training.run_folder == wanted
     monkeypatch.setitem(sys.modules, "wandb", None)  # tests/training/test_trackers.py has the trackers themselves
-    with pytest.raises(InputError, match=r'training\.trackers needs wandb: pip install "wandb>=0\.18"'):
-        train(config_of(folder, {"training.trackers": ("wandb",)}), tmp_path / "run")
+    for key, value, needs in (("trackers", ("wandb",), 'wandb: pip install "wandb'), ("cuda_graphs", "block", "a GPU")):
+        with pytest.raises(InputError, match=rf"training\.{key}.* needs {needs}"):
+            train(config_of(folder, {f"training.{key}": value}), tmp_path / "run")
     for weights, counts in ((None, [20, 20]), ((1.0, 9.0), [4, 36])):
         both = {"data.path": (str(folder / "text"), str(folder / "other")), "data.weights": weights}
         assert Tried(config_of(folder, both), tmp_path).data().training.order.counts(40) == counts

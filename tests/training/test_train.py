@@ -1,4 +1,4 @@
-"""Start here when a run trains on damaged tokens, or writes into the folder of another run."""
+"""Start here when a run trains on damaged tokens, writes into another run's folder, or differs with CUDA graphs."""
 
 import dataclasses
 import json
@@ -6,6 +6,7 @@ import threading
 from pathlib import Path
 
 import pytest
+import torch
 
 from fused_megatron.benchmarking.report.command import ReportArguments, run_report
 from fused_megatron.checkpoint import CheckpointError
@@ -13,6 +14,9 @@ from fused_megatron.checkpoint.run_folder import RunFolder
 from fused_megatron.checks import InputError, SharedInputError
 from fused_megatron.config import DataConfig, GPTConfig, TrainConfig, TrainingConfig
 from fused_megatron.data import corpus, token_digest
+from fused_megatron.models.stack import TransformerStack
+from fused_megatron.testing.recorded_graphs import recorded_graphs
+from fused_megatron.training import train as train_module
 from fused_megatron.training.run_folder_lease import Lease
 from fused_megatron.training.stop_request import StopRequest
 from fused_megatron.training.train import train
@@ -134,3 +138,29 @@ def test_the_picture_is_drawn_at_each_evaluation_and_when_the_run_is_stopped(
     other.join()
     stop.end()
     assert run.loss_picture.read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_run_with_captured_blocks_has_the_same_metrics(
+    config: TrainConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Recorded graphs stand for CUDA graphs: also over evaluations, a checkpoint and a resume."""
+
+    def losses(cuda_graphs: str) -> list[tuple[float | None, ...]]:
+        for num_steps in (3, 5):
+            changes = {"num_steps": num_steps, "eval_interval": 2, "cuda_graphs": cuda_graphs}
+            training = dataclasses.replace(config.training, **changes)
+            train(dataclasses.replace(config, training=training), tmp_path / cuda_graphs)
+        records = RunFolder(tmp_path / cuda_graphs).read_metrics()
+        return [tuple(map(record.get, ("step", "loss", "gradient_norm", "validation_loss"))) for record in records]
+
+    captured: list[int] = []
+
+    def capture_blocks(stack: TransformerStack, microbatch_size: int) -> None:
+        captured.append(len(stack.blocks))
+        capture(stack, microbatch_size, torch.cuda.make_graphed_callables)
+
+    capture = train_module.capture_blocks
+    monkeypatch.setattr(train_module, "capture_blocks", capture_blocks)
+    monkeypatch.setattr(train_module, "check_graph_device", lambda device: None)
+    with recorded_graphs():
+        assert losses("block") == losses("off") and captured == [1, 1]
