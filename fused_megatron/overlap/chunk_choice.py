@@ -1,13 +1,12 @@
 """Number of chunks of a layer: a fixed number, or the choice of a cost model that measures the group once.
 
-The cost model runs once for every shape; later calls look the number up.
+Where torch has a fused product over symmetric memory, it, the whole product and the product in chunks are timed at the
+layer's shape, and the fastest is kept. Both run once for every shape; later calls look the choice up.
 """
 
 import functools
 import logging
-import math
-import time
-from collections.abc import Callable
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -15,15 +14,12 @@ import torch.distributed as dist
 
 from fused_megatron.checks import check
 from fused_megatron.collectives.groups import Group, group_size
-from fused_megatron.collectives.transfers import Transfer, start_all_reduce_
-from fused_megatron.collectives.transport.select import is_shared
-from fused_megatron.ops.product import product
 from fused_megatron.overlap.cost_model import OverlapCosts, Stretch
-from fused_megatron.overlap.symmetric_memory import applies, reaches
+from fused_megatron.overlap.group_costs import overlap_costs
+from fused_megatron.overlap.symmetric_memory import applies
+from fused_megatron.overlap.timed_ways import Chosen, Operands, Run, RunMLP, fastest, layers_are_faster
 
 _LOG = logging.getLogger(__name__)
-BY_SYMMETRIC_MEMORY = 0
-"""Stands for torch's fused op in place of a number of chunks; see symmetric_memory."""
 
 
 @dataclass(frozen=True)
@@ -40,7 +36,13 @@ class ChunkChoice:
         check(self.fixed is None or self.fixed >= 1, f"overlap={self.fixed} must be at least 1 chunk")
 
     def for_reduction(
-        self, x: torch.Tensor, weight: torch.Tensor, dim: int | None, group: Group, hidden_products: int = 1
+        self,
+        x: torch.Tensor,
+        weight: torch.Tensor,
+        dim: int | None,
+        group: Group,
+        hidden_products: int = 1,
+        run: Run | None = None,
     ) -> int:
         """Choose the number of chunks of x [.., I] @ weight [O, I].T, whose result is summed over the ranks.
 
@@ -50,35 +52,55 @@ class ChunkChoice:
             dim: the dim over which the sum is scattered; None for an all-reduce.
             group: the ranks.
             hidden_products: 2 if a product of the same size follows, under which the collective may run; else 1.
+            run: runs it, for the ways that are timed; None: nothing is timed.
         """
-        if group_size(group) == 1 or x.numel() == 0:
-            return 1
-        costs = self.measured(group, x)
+        chosen = self.decide_reduction(x, weight, dim, group, hidden_products, run)
+        return self._unmeasured(group, x) if chosen is None else chosen.num_chunks
+
+    def decide_reduction(
+        self,
+        x: torch.Tensor,
+        weight: torch.Tensor,
+        dim: int | None,
+        group: Group,
+        hidden_products: int = 1,
+        run: Run | None = None,
+    ) -> Chosen | None:
+        """Return the choice of for_reduction with its times; None if nothing is measured."""
+        costs = None if group_size(group) == 1 or x.numel() == 0 else self.measured(group, x)
         if costs is None:
-            return self.fixed or 1
+            return None
+        assert group is not None
         rows, elements = _rows(x), weight.numel()
         product_s = rows * elements * (2 / costs.flops_per_s)
-        sum_s = rows * weight.shape[0] * (x.element_size() / costs.bytes_per_s)
+        # A reduce-scatter moves half the bytes of an all-reduce, whose speed was measured.
+        moved = 1.0 if dim is None else 0.5
+        sum_s = moved * rows * weight.shape[0] * (x.element_size() / costs.bytes_per_s)
         stretch = Stretch(product_s, sum_s, after_s=(hidden_products - 1) * product_s)
-        assert group is not None
-        fused = costs.symmetric_memory and applies(x, dim)
-        return _num_chunks(costs, (stretch,), rows, elements, group, x.device, fused)
+        chosen = _chosen(costs, (stretch,), rows, elements, group, x.device)
+        return self._timed(costs, run, x, weight, dim, group, chosen, x.shape, followed=hidden_products > 1)
 
-    def for_gather(self, x: torch.Tensor, weight: torch.Tensor, dim: int, group: Group) -> int:
+    def for_gather(self, x: torch.Tensor, weight: torch.Tensor, dim: int, group: Group, run: Run | None = None) -> int:
         """Choose the number of chunks of x @ weight [O, I].T, where x [.., I] of all ranks is gathered along dim."""
-        if group_size(group) == 1 or x.numel() == 0:
-            return 1
-        costs = self.measured(group, x)
+        chosen = self.decide_gather(x, weight, dim, group, run)
+        return self._unmeasured(group, x) if chosen is None else chosen.num_chunks
+
+    def decide_gather(
+        self, x: torch.Tensor, weight: torch.Tensor, dim: int, group: Group, run: Run | None = None
+    ) -> Chosen | None:
+        """Return the choice of for_gather with its times; None if nothing is measured."""
+        costs = None if group_size(group) == 1 or x.numel() == 0 else self.measured(group, x)
         if costs is None:
-            return self.fixed or 1
+            return None
+        assert group is not None
         ranks, rows, elements = group_size(group), _rows(x), weight.numel()
         own_s = rows * elements * (2 / costs.flops_per_s)
         # An all-gather moves half the bytes of an all-reduce, whose speed was measured.
         gather_s = ranks * x.numel() * (x.element_size() / costs.bytes_per_s) / 2
         stretch = Stretch((ranks - 1) * own_s, gather_s=gather_s, before_s=own_s)
-        assert group is not None
-        fused = costs.symmetric_memory and applies(x, dim)
-        return _num_chunks(costs, (stretch,), rows, (ranks - 1) * elements, group, x.device, fused)
+        chosen = _chosen(costs, (stretch,), rows, (ranks - 1) * elements, group, x.device)
+        gathered = (*x.shape[:dim], ranks * x.shape[dim], *x.shape[dim + 1 :])
+        return self._timed(costs, run, x, weight, dim, group, chosen, gathered)
 
     def for_mlp(self, x: torch.Tensor, ranks: int, weight_elements: int, group: Group) -> tuple[int, int]:
         """Choose the numbers of chunks of rows that go through both products of an MLP: (forward, backward).
@@ -86,11 +108,18 @@ class ChunkChoice:
         x is one of `ranks` sequence shards, or replicated (ranks=1). With shards both numbers are the same, since the
         chunks define the order of the rows that forward saves.
         """
-        if group_size(group) == 1 or x.numel() == 0:
-            return 1, 1
-        costs = self.measured(group, x)
+        both = self.decide_mlp(x, ranks, weight_elements, group)
+        if both is None:
+            return (self._unmeasured(group, x),) * 2
+        return both[0].num_chunks, both[1].num_chunks
+
+    def decide_mlp(
+        self, x: torch.Tensor, ranks: int, weight_elements: int, group: Group
+    ) -> tuple[Chosen, Chosen] | None:
+        """Return the choices of for_mlp with their times; None if nothing is measured."""
+        costs = None if group_size(group) == 1 or x.numel() == 0 else self.measured(group, x)
         if costs is None:
-            return self.fixed or 1, self.fixed or 1
+            return None
         assert group is not None
         rows = ranks * _rows(x)
         gathered = 0.5 if ranks > 1 else 0.0  # an all-gather, or a reduce-scatter, sends half of an all-reduce
@@ -99,12 +128,12 @@ class ChunkChoice:
         forward = Stretch(products_s, (1 - gathered) * sum_s, gathered * sum_s)
         # Backward gathers x again, before the sums. Its order in the queue of transfers does not matter.
         backward = Stretch(products_s, sum_s, gathered * sum_s, after_s=products_s)
-        if ranks > 1:
-            both = _num_chunks(costs, (forward, backward), rows, weight_elements, group, x.device)
-            return both, both
-        return (
-            _num_chunks(costs, (forward,), rows, weight_elements, group, x.device),
-            _num_chunks(costs, (backward,), rows, weight_elements, group, x.device),
+        rest = rows, weight_elements, group, x.device
+        if ranks == 1:
+            return _chosen(costs, (forward,), *rest), _chosen(costs, (backward,), *rest)
+        number = _chosen(costs, (forward, backward), *rest).num_chunks
+        return _in_chunks(costs, (forward,), number, weight_elements), _in_chunks(
+            costs, (backward,), number, weight_elements
         )
 
     def for_exchange(self, x: torch.Tensor, num_rows: int, weight_elements: int, group: Group) -> int:
@@ -116,11 +145,18 @@ class ChunkChoice:
             weight_elements: elements of the weights that a row is multiplied with.
             group: the ranks that exchange.
         """
+        chosen = self.decide_exchange(x, num_rows, weight_elements, group)
+        if chosen is None:
+            return 1 if num_rows == 0 or group_size(group) == 1 else self.fixed or 1
+        return chosen.num_chunks
+
+    def decide_exchange(self, x: torch.Tensor, num_rows: int, weight_elements: int, group: Group) -> Chosen | None:
+        """Return the choice of for_exchange with its times, of forward and backward; None if nothing is measured."""
         if group_size(group) == 1 or num_rows == 0:
-            return 1
+            return None
         costs = self.measured(group, x)
         if costs is None:
-            return self.fixed or 1
+            return None
         assert group is not None
         num_rows = 1 << (num_rows - 1).bit_length()  # routes differ from step to step, and the choice is cached
         product_s = num_rows * weight_elements * (2 / costs.flops_per_s)
@@ -128,14 +164,59 @@ class ChunkChoice:
         exchange_s = num_rows * x.shape[-1] * (x.element_size() / costs.bytes_per_s) / 2
         forward = Stretch(product_s, exchange_s, exchange_s)
         backward = Stretch(2 * product_s, exchange_s, exchange_s)
-        return _num_chunks(costs, (forward, backward), num_rows, 0, group, x.device)
+        return _chosen(costs, (forward, backward), num_rows, 0, group, x.device)
 
-    def prefers_layers(self, x: torch.Tensor, dim: int | None, group: Group) -> bool:
-        """Whether an MLP runs faster layer by layer, with torch's fused ops, than in chunks of rows."""
+    def prefers_layers(
+        self, x: torch.Tensor, weights: Sequence[torch.Tensor], dim: int | None, group: Group, run: RunMLP
+    ) -> bool:
+        """Whether an MLP runs faster layer by layer, with torch's fused ops, than in chunks of rows.
+
+        Args:
+            x: input, this rank's.
+            weights: of the expansion and of the projection.
+            dim: the dim of x that is sharded; None if x is replicated.
+            group: the ranks.
+            run: runs the forward in both ways, which are timed.
+        """
         if x.numel() == 0 or not applies(x, dim):
             return False
         costs = self.measured(group, x)
-        return costs is not None and costs.symmetric_memory
+        if costs is None or not costs.symmetric_memory:
+            return False
+        assert group is not None
+        shapes = tuple(x.shape), *(tuple(weight.shape) for weight in weights)
+        return layers_are_faster(run, shapes, x.dtype, x.device, group)
+
+    def _unmeasured(self, group: Group, x: torch.Tensor) -> int:
+        """Return the number of chunks where no costs are known."""
+        return 1 if group_size(group) == 1 or x.numel() == 0 else self.fixed or 1
+
+    def _timed(
+        self,
+        costs: OverlapCosts,
+        run: Run | None,
+        x: torch.Tensor,
+        weight: torch.Tensor,
+        dim: int | None,
+        group: dist.ProcessGroup,
+        chosen: Chosen,
+        whole_shape: Sequence[int],
+        followed: bool = False,
+    ) -> Chosen:
+        """Return the choice among timed ways on a GPU, else the choice of the cost model."""
+        with_fused = costs.symmetric_memory and applies(x, dim)
+        if run is None or not (with_fused or x.is_cuda):
+            return chosen
+        operands = Operands(
+            tuple(x.shape),
+            tuple(weight.shape),
+            weight.is_contiguous(),
+            tuple(whole_shape),
+            x.dtype,
+            x.device,
+            followed,
+        )
+        return fastest(run, operands, dim, group, chosen, with_fused)
 
     def measured(self, group: Group, like: torch.Tensor) -> OverlapCosts | None:
         """Return the costs of the group for tensors like this, measured now or before.
@@ -152,31 +233,36 @@ class ChunkChoice:
 
 
 @functools.lru_cache(maxsize=4096)
-def _num_chunks(
+def _chosen(
     costs: OverlapCosts,
     stretches: tuple[Stretch, ...],
     rows: int,
     weight_elements: int,
     group: dist.ProcessGroup,
     device: torch.device,
-    fused: bool = False,
-) -> int:
-    """Return the choice of the cost model, cached by arguments. fused: symmetric memory may replace the chunks."""
+) -> Chosen:
+    """Return the choice of the cost model, cached by arguments."""
     num_chunks = costs.num_chunks(stretches, rows, weight_elements)
-    how = f"in {num_chunks} chunks"
-    if num_chunks > 1 and fused:
-        num_chunks, how = BY_SYMMETRIC_MEMORY, "by symmetric memory"
-    first = stretches[0]
+    chosen = _in_chunks(costs, stretches, num_chunks, weight_elements)
     _LOG.info(
         "overlap over %d ranks%s: %d rows %s (product %.2g ms, transfer %.2g ms)",
         group.size(),
         _nccl_share(group, device),
         rows,
-        how,
-        1e3 * first.product_s,
-        1e3 * (first.gather_s + first.reduce_s),
+        chosen.means,
+        1e3 * chosen.product_s,
+        1e3 * chosen.transfer_s,
     )
-    return num_chunks
+    return chosen
+
+
+def _in_chunks(costs: OverlapCosts, stretches: Sequence[Stretch], num_chunks: int, weight_elements: int) -> Chosen:
+    """Return a choice with the times that the cost model predicts."""
+    product_s = sum(stretch.before_s + stretch.product_s + stretch.after_s for stretch in stretches)
+    transfers = [each for stretch in stretches for each in (stretch.gather_s, stretch.reduce_s) if each]
+    transfer_s = sum(transfers) + costs.latency_s * len(transfers)
+    exposed_s = costs.step_s(stretches, num_chunks, weight_elements) - product_s
+    return Chosen(num_chunks, product_s, transfer_s, max(0.0, exposed_s))  # rounding must not make it negative
 
 
 def _rows(x: torch.Tensor) -> int:
@@ -205,83 +291,3 @@ def chunk_choice(overlap: bool | int) -> ChunkChoice:
     if isinstance(overlap, bool):
         return _AUTO if overlap else _PLAIN
     return ChunkChoice(overlap)
-
-
-@functools.lru_cache(maxsize=64)
-def overlap_costs(group: dist.ProcessGroup, dtype: torch.dtype, device: torch.device) -> OverlapCosts | None:
-    """Measure a group once. All its ranks must call at the same point, as layers do when they are made.
-
-    None for a fake group, which sends nothing.
-
-    Takes a tenth of a second on a laptop; half a second in a 16-bit type without CPU units for it.
-
-    Communication: 11 all-reduces of 4 bytes, 9 of 2 MiB (4 through shared memory), one of 40 bytes; see
-        symmetric_memory.reaches.
-    """
-    check(
-        device.type != "cuda" or not torch.cuda.is_current_stream_capturing(),
-        "overlap=True measures the group at its first step, which a CUDA graph cannot capture (run a step before the "
-        "capture, or pass a number of chunks)",
-    )
-    if dist.get_backend(group) == "fake":
-        return None
-
-    def all_reduce(x: torch.Tensor) -> None:
-        start_all_reduce_(x, group).wait()
-
-    latency_s = _seconds(all_reduce, torch.zeros(1, device=device), repeats=10)
-    message = torch.zeros(1 << 19, device=device)
-    message_s = _seconds(all_reduce, message, repeats=3)
-    size, few, many = (4096, 512, 4096) if device.type == "cuda" else (512, 32, 256)
-    weight = torch.ones(size, size, dtype=dtype, device=device)
-    few_x, many_x = (torch.ones(rows, size, dtype=dtype, device=device) for rows in (few, many))
-    few_s, many_s = (_seconds(lambda x: product(x, weight), x, repeats=6, enough_s=0.05) for x in (few_x, many_x))
-
-    def beside(x: torch.Tensor) -> Transfer:
-        transfer = start_all_reduce_(message, group)
-        product(x, weight)
-        return transfer
-
-    # Through shared memory this thread itself does the transfer, half of it when it waits: there is nothing to measure.
-    shared = is_shared(group, message)
-    beside_s = math.inf if shared else _seconds(beside, many_x, repeats=4)
-    # The slowest rank sets the pace, and all ranks must choose the same number.
-    slowest = torch.tensor([latency_s, message_s, few_s, many_s, beside_s], dtype=torch.float64, device=device)
-    dist.all_reduce(slowest, dist.ReduceOp.MAX, group=group)
-    latency_s, message_s, few_s, many_s, beside_s = slowest.tolist()
-    streaming_s = max(message_s - latency_s, 1e-9)
-    slowdown = 1.0 if shared else (beside_s - many_s) / min(message_s, many_s)
-    # many_s = a + b many, few_s = a + b few, where a is the time to read the weight. Noise must not make it negative,
-    # nor larger than half of few_s.
-    weight_s = min(max(0.0, (few_s - many_s * few / many) / (1 - few / many)), 0.5 * few_s)
-    return OverlapCosts(
-        2 * many * size**2 / (many_s - weight_s),
-        latency_s,
-        message.numel() * message.element_size() / streaming_s,
-        weight_s / size**2,
-        min(max(0.0, slowdown), 1.0),
-        reaches(group, device),
-    )
-
-
-def _seconds(
-    work: Callable[[torch.Tensor], object], x: torch.Tensor, repeats: int, enough_s: float = math.inf
-) -> float:
-    """Return the shortest time of several calls, after one to warm up. A transfer that a call starts is not counted.
-
-    enough_s: time after which the repeats end. Not for collectives, which every rank must call equally often.
-    """
-    best, started = math.inf, time.perf_counter()
-    for repeat in range(repeats + 1):
-        if repeat > 1 and time.perf_counter() - started > enough_s:
-            break
-        if x.is_cuda:
-            torch.cuda.synchronize()
-        begin = time.perf_counter()
-        left = work(x)
-        if x.is_cuda:
-            torch.cuda.current_stream().synchronize()
-        best = min(best, time.perf_counter() - begin)
-        if isinstance(left, Transfer):
-            left.wait()
-    return best

@@ -28,8 +28,9 @@ from fused_megatron.collectives.transfers import (
 from fused_megatron.ops.autograd_function import AutogradFunction
 from fused_megatron.ops.product import product
 from fused_megatron.overlap import symmetric_memory
-from fused_megatron.overlap.chunk_choice import BY_SYMMETRIC_MEMORY, ChunkChoice
+from fused_megatron.overlap.chunk_choice import ChunkChoice
 from fused_megatron.overlap.chunks import chunk_edges, tile_steps
+from fused_megatron.overlap.timed_ways import BY_SYMMETRIC_MEMORY
 from fused_megatron.overlap.weight_gradients import GradientDestination
 
 
@@ -66,7 +67,7 @@ class ColumnLinearFunction(AutogradFunction):
         if sequence_dim is None:
             y = product(x, weight, bias)
         else:
-            num_chunks = choice.for_gather(x, weight, sequence_dim, group)
+            num_chunks = choice.for_gather(x, weight, sequence_dim, group, gather_product_of)
             y, _ = gather_product(x, weight, bias, sequence_dim, group, num_chunks)
         _save(ctx, x, weight, sequence_dim, group, choice)
         return _own(y)
@@ -83,7 +84,7 @@ class ColumnLinearFunction(AutogradFunction):
             full_x = start_all_gather(x, sequence_dim, group)  # hidden by the product for dx
         if needs_dx:  # its collective hides under its own product, and the rest under the product for dweight
             products = 2 if needs_dweight and not ctx.destination.later else 1
-            num_chunks = choice.for_reduction(dy, weight.t(), sequence_dim, group, hidden_products=products)
+            num_chunks = choice.for_reduction(dy, weight.t(), sequence_dim, group, products, reduced_product_of)
             if sequence_dim is None:
                 dx = start_product_all_reduce(dy, weight.t(), None, group, num_chunks)
             else:
@@ -124,7 +125,7 @@ class RowLinearFunction(AutogradFunction):
         group: Group,
         choice: ChunkChoice,
     ) -> torch.Tensor:
-        num_chunks = choice.for_reduction(x, weight, sequence_dim, group)
+        num_chunks = choice.for_reduction(x, weight, sequence_dim, group, run=reduced_product_of)
         if sequence_dim is None:
             y = start_product_all_reduce(x, weight, bias, group, num_chunks)
         else:
@@ -142,7 +143,7 @@ class RowLinearFunction(AutogradFunction):
         if sequence_dim is None:
             dx = product(dy, weight.t()) if needs_dx else None
         elif needs_dx:
-            num_chunks = choice.for_gather(dy, weight.t(), sequence_dim, group)
+            num_chunks = choice.for_gather(dy, weight.t(), sequence_dim, group, gather_product_of)
             dx, gathered = gather_product(dy, weight.t(), None, sequence_dim, group, num_chunks, keep_gathered=True)
             assert gathered is not None
             dy = gathered
@@ -244,6 +245,23 @@ def gather_product(
                 gathered[rank, begin:end] = chunk[rank]
     full_shape = (*x.shape[:dim], ranks * block, *between)
     return y.view(*full_shape, width), None if gathered is None else gathered.view(*full_shape, x.shape[-1])
+
+
+def gather_product_of(
+    x: torch.Tensor, weight: torch.Tensor, dim: int | None, group: Group, num_chunks: int
+) -> torch.Tensor:
+    """Return gather_product without a bias, for ChunkChoice, which times it."""
+    assert dim is not None
+    return gather_product(x, weight, None, dim, group, num_chunks)[0]
+
+
+def reduced_product_of(
+    x: torch.Tensor, weight: torch.Tensor, dim: int | None, group: Group, num_chunks: int
+) -> Transfer:
+    """Start the sum over ranks of x @ weight.T without a bias, for ChunkChoice, which times it."""
+    if dim is None:
+        return start_product_all_reduce(x, weight, None, group, num_chunks)
+    return start_product_reduce_scatter(x, weight, None, dim, group, num_chunks)
 
 
 def of_first_rank(bias: torch.Tensor | None, group: Group) -> torch.Tensor | None:

@@ -10,8 +10,16 @@ from fused_megatron.checks import check
 from fused_megatron.collectives import Group, group_size, on_ranks
 from fused_megatron.deprecation import renamed_argument
 from fused_megatron.ops.product import product
-from fused_megatron.overlap import Activation, ColumnLinearFunction, MLPFunction, RowLinearFunction, chunk_choice
+from fused_megatron.overlap import (
+    Activation,
+    ChunkChoice,
+    ColumnLinearFunction,
+    MLPFunction,
+    RowLinearFunction,
+    chunk_choice,
+)
 from fused_megatron.overlap.overlapped_linear import autocast_operands
+from fused_megatron.overlap.timed_ways import RunMLP
 from fused_megatron.tensor_parallel.linear import check_operands, is_plain_product, sharded_sequence_dim
 
 _RAW = torch.ops.fused_megatron
@@ -111,33 +119,67 @@ def parallel_mlp(
     """
     check(activation in _ACTIVATIONS, f"activation={activation!r} must be one of {', '.join(map(repr, _ACTIVATIONS))}")
     group_size(tp_group)
-    fused_activation, raw_activation = _ACTIVATIONS[activation]
     _, projection_weight, projection_bias = autocast_operands(x, projection_weight, projection_bias)
     x, expansion_weight, expansion_bias = autocast_operands(x, expansion_weight, expansion_bias)
     check_operands(x, expansion_weight, expansion_bias)
     width = expansion_weight.shape[0] // (1 if activation.startswith("gelu") else 2)
     check_operands(x.new_empty(0, width), projection_weight, projection_bias)
     if is_plain_product(tp_group):
-        return product(
-            fused_activation(product(x, expansion_weight), expansion_bias), projection_weight, projection_bias
-        )
+        a = _ACTIVATIONS[activation][0](product(x, expansion_weight), expansion_bias)
+        return product(a, projection_weight, projection_bias)
     dim = sharded_sequence_dim(x, sequence_parallel, sequence_dim, tp_group)
     choice = chunk_choice(overlap)
-    whole = group_size(tp_group) == 1 or choice.fixed == 1 or dim not in (None, 0) or x.dtype == torch.float64
-    if whole or choice.prefers_layers(x, dim, tp_group):
+    whole = prefers_layers(x, expansion_weight, projection_weight, activation, dim, tp_group, choice)
+    operands = x, expansion_weight, expansion_bias, projection_weight, projection_bias
+    return _run(operands, activation, dim, tp_group, choice, by_layers=whole)
+
+
+def prefers_layers(
+    x: torch.Tensor,
+    expansion_weight: torch.Tensor,
+    projection_weight: torch.Tensor,
+    activation: str,
+    dim: int | None,
+    tp_group: Group,
+    choice: ChunkChoice,
+) -> bool:
+    """Whether parallel_mlp runs layer by layer, not in chunks of rows; dim is the dim of x that is sharded, or None."""
+    if group_size(tp_group) == 1 or choice.fixed == 1 or dim not in (None, 0) or x.dtype == torch.float64:
+        return True
+    both = expansion_weight, projection_weight
+    return choice.prefers_layers(x, both, dim, tp_group, _forward_of(activation))
+
+
+def _run(
+    operands: tuple[torch.Tensor | None, ...],
+    activation: str,
+    dim: int | None,
+    tp_group: Group,
+    choice: ChunkChoice,
+    by_layers: bool,
+) -> torch.Tensor:
+    """Run the MLP layer by layer, or in chunks of rows that go through both layers; operands as parallel_mlp."""
+    x, expansion_weight, expansion_bias, projection_weight, projection_bias = operands
+    fused_activation, raw_activation = _ACTIVATIONS[activation]
+    y: torch.Tensor
+    if by_layers:
         h = on_ranks(ColumnLinearFunction, tp_group)(x, expansion_weight, None, dim, tp_group, choice)
         a = fused_activation(h, expansion_bias)
         project = on_ranks(RowLinearFunction, tp_group)
-        y: torch.Tensor = project(a, projection_weight, projection_bias, dim, tp_group, choice)
+        y = project(a, projection_weight, projection_bias, dim, tp_group, choice)
         return y
-    return on_ranks(MLPFunction, tp_group)(
-        x,
-        expansion_weight,
-        expansion_bias,
-        projection_weight,
-        projection_bias,
-        raw_activation,
-        dim is not None,
-        tp_group,
-        choice,
-    )
+    in_chunks = on_ranks(MLPFunction, tp_group)
+    y = in_chunks(*operands, raw_activation, dim is not None, tp_group, choice)
+    return y
+
+
+@functools.cache
+def _forward_of(activation: str) -> RunMLP:
+    """Return the forward of a sharded sequence for ChunkChoice, which times it; the same object for each activation."""
+
+    def forward(
+        x: torch.Tensor, expansion: torch.Tensor, projection: torch.Tensor, tp_group: Group, by_layers: bool
+    ) -> torch.Tensor:
+        return _run((x, expansion, None, projection, None), activation, 0, tp_group, chunk_choice(True), by_layers)
+
+    return forward

@@ -23,6 +23,7 @@ from fused_megatron.inference.generation import generate
 from fused_megatron.kept_pages import keep_malloc_pages
 from fused_megatron.mesh import Mesh
 from fused_megatron.models.block_graphs import capture_blocks, check_graph_device
+from fused_megatron.models.overlap_report import overlap_lines, stage_overlap
 from fused_megatron.optional_packages import install_command
 from fused_megatron.pipeline.view.recording import Recorder
 from fused_megatron.planning.prediction.beside_measured import (
@@ -136,6 +137,7 @@ def _train(config: TrainConfig, plan: PipelinePlan, run_path: Path, this_rank: T
         trainer = Trainer(assembly, data, run, reporter, stop, lease, beside)
         _resume(trainer, model_config)
         _introduce(trainer)
+        _report_overlap(trainer)
         if pages_kept:
             reporter.say(
                 "malloc keeps the pages of freed tensors: the same numbers, without faulting them in each step"
@@ -303,6 +305,14 @@ def _introduce(trainer: Trainer) -> None:
             f"nothing to train: step {trainer.progress.step} of {config.training.num_steps} is done "
             f"(raise training.num_steps, or choose another training.run_folder)"
         )
+
+
+def _report_overlap(trainer: Trainer) -> None:
+    """Print what hides under the tensor-parallel products of this rank's stages; ranks of a group may time it."""
+    config = trainer.config
+    rows = stage_overlap(trainer.model.stages, config, measures=config.training.profile_steps > 0)
+    for line in overlap_lines(rows, trainer.mesh.tp_size):
+        trainer.reporter.say(line)
 
 
 def _conclude(trainer: Trainer, stopped_by: str | None, seconds: float) -> None:

@@ -33,7 +33,9 @@ def test_the_time_of_a_step():
     assert costs._stretch_s(Stretch(1.0, gather_s=1.0), parts, 0.0) == 1.75
     assert costs._stretch_s(Stretch(1.0, 1.0), [1.0], 0.0) == 2.0
     assert costs._stretch_s(Stretch(1.0, 1.0, after_s=1.0), [1.0], 0.0) == 2.0
-    assert costs._stretch_s(Stretch(1.0, gather_s=1.0, before_s=1.0), [1.0], 0.0) == 2.0
+    # The first product waits for nothing, but without chunks it is part of the whole, which waits for the gather.
+    assert costs._stretch_s(Stretch(1.0, gather_s=1.0, before_s=1.0), parts, 0.0) == 2.0
+    assert costs._stretch_s(Stretch(1.0, gather_s=1.0, before_s=1.0), [1.0], 0.0) == 3.0
     assert costs._stretch_s(Stretch(1.0, 1.0), parts, 0.25) == 2.0  # the products take 1.75, then the last transfer
     half = OverlapCosts(1e12, 0.0, 1e9, slowdown=0.5)
     assert half._stretch_s(Stretch(1.0, 1.0, after_s=1.0), [1.0], 0.0) == 2.5

@@ -290,7 +290,7 @@ class Floors:
         placements = ZERO_STAGES[settings.zero_stage]
         gathers = (layout.dp, placements.weights) if placements.gradients else ()
         key = (
-            (layout.tp, layout.cp, layout.ep, layout.etp, gathers),
+            (layout.tp, layout.cp, layout.ep, layout.etp, gathers, layout.pp > 1),
             (settings.microbatch_size, settings.sequence_parallel, settings.recompute, settings.recompute_blocks),
         )
         if key not in self._times:

@@ -185,6 +185,7 @@ def train_config(base: TrainConfig, layout: Layout, settings: Settings) -> Train
         zero_stage=settings.zero_stage,
         context_parallel_method=own.context_parallel_method,
         overlap=own.overlap,
+        scatter_messages=own.scatter_messages,
         timeout_s=own.timeout_s,
     )
     training = replace(base.training, microbatch_size=settings.microbatch_size)

@@ -105,3 +105,17 @@ def test_the_fewest_gpus_are_enough_and_no_fewer() -> None:
     assert fit is not None and fit.memory_bytes <= limit_bytes(cluster)
     assert find_best(base, fit.num_gpus, cluster).plans
     assert not find_best(base, fit.num_gpus // 2, cluster).plans
+
+
+@pytest.mark.parametrize("scatters", [True, False])
+def test_bounds_hold_messages_in_parts_of_pipelines_only(scatters: bool) -> None:
+    """Times of layers are shared by layouts, but a stage of a pipeline gathers its messages, and sends other bytes."""
+    base, cluster = workload(16, **LLAMA), h100()
+    base = replace(base, parallel=replace(base.parallel, scatter_messages=scatters))
+    floors, tp4 = Floors(base, 16, cluster), Layout(4, 1, 1, 4, 1, 1)
+    for pp, name in ((1, "1f1b"), (4, "1f1b"), (2, "zb_v")):
+        layout, settings = tp4._replace(pp=pp, dp=4 // pp), Settings(1, False, name, 2 if name == "zb_v" else 1)
+        assert floors.seconds(layout, settings) == Floors(base, 16, cluster).seconds(layout, settings)
+        config = train_config(base, layout, settings)
+        assert config.parallel.scatters_messages == (scatters and pp > 1)
+        assert floors.seconds(layout, settings) <= predict_step(config, cluster).seconds
