@@ -44,6 +44,7 @@ STEMS_OF_ONE_THING = {
     "sample_index",
     "scaled_masked_softmax",
     "sum_of_squares",
+    "vocab_embedding",
     "weighted_swiglu",
 }
 

@@ -4,7 +4,6 @@ from math import lcm
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 from torch.autograd.function import once_differentiable
 
@@ -12,6 +11,7 @@ from fused_megatron.checks import InputError, check, check_divisible, check_dtyp
 from fused_megatron.collectives import Group, group_rank, group_size
 from fused_megatron.collectives.transfers import start_all_gather, start_all_reduce_, start_reduce_scatter
 from fused_megatron.ops.autograd_function import AutogradFunction
+from fused_megatron.ops.vocab_embedding import add_embedding_gradient_, vocab_embedding
 from fused_megatron.sharding import ParameterShard, ShardedModule, parameter_record
 from fused_megatron.tensor_parallel.linear import draw_normal_weight_
 
@@ -23,17 +23,10 @@ class _VocabParallelEmbedding(AutogradFunction):
     def forward(
         ctx: Any, ids: torch.Tensor, weight: torch.Tensor, vocab_size: int, sequence_dim: int | None, group: Group
     ) -> torch.Tensor:
-        rows = weight.shape[0]
-        local = ids - group_rank(group) * rows
-        owned = (local >= 0) & (local < rows)
-        # This rank adds 0 for ids that it does not own, and NaN for ids outside the vocabulary: on CUDA, where a check
+        # This rank adds 0 for ids that it does not own, and NaN for ids outside the vocabulary: on a GPU, where a check
         # of the values would cost a synchronisation, the loss shows the mistake.
-        other = torch.zeros((), dtype=weight.dtype, device=weight.device).where(
-            (ids >= 0) & (ids < vocab_size), torch.nan
-        )
-        local = local.where(owned, rows)
-        partial = F.embedding(local.where(owned, 0), weight)
-        partial = partial.where(owned.unsqueeze(-1), other.unsqueeze(-1))
+        rows = weight.shape[0]
+        partial, local = vocab_embedding(ids, weight, first_row=group_rank(group) * rows, vocab_size=vocab_size)
         ctx.save_for_backward(local if ctx.needs_input_grad[1] else None)
         ctx.layout = rows, sequence_dim, group
         ctx.main_grad = parameter_record(weight).main_grad
@@ -50,20 +43,13 @@ class _VocabParallelEmbedding(AutogradFunction):
             return None, None, None, None, None
         if sequence_dim is not None:
             dy = start_all_gather(dy, sequence_dim, group).wait()
-        # torch's CPU kernel sums repeated ids in the dtype of dy; its CUDA kernel sums in float32.
-        wide = dy.float() if dy.device.type == "cpu" and dy.dtype in (torch.bfloat16, torch.float16) else dy
-        if ctx.main_grad is not None and dy.device.type == "cpu":
-            # Row by row, in the order of the tokens, so that no gradient of the size of the table is made.
-            owned = (local < rows).flatten().nonzero().squeeze(1)
-            total = ctx.main_grad()
-            values = wide.reshape(-1, wide.shape[-1])[owned].to(total.dtype)
-            total.index_add_(0, local.flatten()[owned], values)
+        if ctx.main_grad is not None:
+            add_embedding_gradient_(dy, local, ctx.main_grad())
             return None, None, None, None, None
+        # torch's CPU kernel sums repeated ids in the dtype of dy; its CUDA kernel sums in float32.
+        wide = dy.float() if dy.is_cpu and dy.dtype in (torch.bfloat16, torch.float16) else dy
         # Ids of other ranks are `rows`, the padding index here, so the kernel skips them without a mask over dy.
         dweight = torch.ops.aten.embedding_dense_backward(wide.contiguous(), local, rows, rows, False)
-        if ctx.main_grad is not None:
-            ctx.main_grad().add_(dweight)
-            return None, None, None, None, None
         return None, dweight.to(dy.dtype), None, None, None
 
 
@@ -101,7 +87,7 @@ def vocab_parallel_embedding(
 
     Communication: one all-reduce of y forward, none backward; under sequence parallelism one reduce-scatter forward,
         one all-gather backward.
-    Memory: ids are saved. If the weight has a main_grad, its gradient is added there, on a CPU row by row.
+    Memory: ids are saved. If the weight has a main_grad, its gradient is added there, row by row.
     Numerics: repeated ids are summed in float32.
     """
     ranks = group_size(tp_group)

@@ -18,6 +18,7 @@ from fused_megatron.mesh import ParallelLayout
 from fused_megatron.models import GPT
 from fused_megatron.models.dropout import BatchSlice
 from fused_megatron.sharding import Replicas
+from fused_megatron.tensor_parallel import VocabParallelEmbedding
 
 # Ops without a kernel, although torch does not call them views.
 _NO_KERNEL = ("aten::_unsafe_view", "aten::empty", "aten::new_empty", "aten::empty_like", "aten::detach")
@@ -100,3 +101,21 @@ def test_kernels_of_a_block(two_fake_ranks: Any, name: str, sequence_parallel: b
     assert (forward.total(), backward.total()) == (in_forward, in_backward), (forward, backward)
     # Every sum of two gradients of the residual stream is part of a norm's backward.
     assert not forward["aten::add"] and not backward["aten::add"]
+
+
+@pytest.mark.parametrize("sequence_parallel", [False, True])
+def test_kernels_of_an_embedding(two_fake_ranks: Any, sequence_parallel: bool) -> None:
+    """Backward sorts the tokens, then adds them to main_grad: nothing of the size of the table is made."""
+    group = two_fake_ranks.layout().tp_group
+    embedding = VocabParallelEmbedding(
+        104, 64, tp_group=group, sequence_parallel=sequence_parallel, device="meta", dtype=torch.bfloat16
+    )
+    buckets = GradientBuckets(list(embedding.parameters()), Replicas())
+    ids = torch.zeros(16, 2, dtype=torch.int64, device="meta")
+    with Kernels() as forward:
+        y = embedding(ids)
+    with Kernels() as backward:
+        y.backward(torch.empty_like(y))
+    del buckets
+    assert forward.counts == {"fused_megatron::vocab_embedding_forward": 1}
+    assert backward.counts == {"fused_megatron::vocab_embedding_backward_": 1}
