@@ -5,7 +5,7 @@
 //
 //   FM_LAUNCH(kernel, grid, block, stream, arguments...)
 //   FM_LAUNCH_DYNAMIC(kernel, grid, block, dynamic_shared_bytes, stream, arguments...)
-//   FM_SHARED(T, name, count)       an array in shared memory, for the whole block
+//   FM_SHARED(T, name, count)       an array in shared memory, for the whole block, at a multiple of 16 bytes
 //   FM_DYNAMIC_SHARED(T, name)      an array whose size the launch sets; above 48 KiB a launch needs
 //                                   cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes)
 #pragma once
@@ -30,7 +30,7 @@
 
 #define FM_DEVICE __device__ __forceinline__
 #define FM_LAUNCH_DYNAMIC(kernel, grid, block, bytes, stream, ...) kernel<<<grid, block, bytes, stream>>>(__VA_ARGS__)
-#define FM_SHARED(T, name, count) __shared__ T name[count]
+#define FM_SHARED(T, name, count) __shared__ __align__(16) T name[count]
 // One symbol for all kernels: declared as bytes, since its type must be the same everywhere.
 #define FM_DYNAMIC_SHARED(T, name)                          \
   extern __shared__ __align__(16) char fm_dynamic_shared[]; \

@@ -2,6 +2,10 @@
 //
 // kCount columns wait in kSlots slots of shared memory between fetch and use. The slots of a thread lie `stride` slots
 // apart, so that the slots of neighbouring threads are neighbours (no bank conflicts).
+//
+// A kernel moves an index from row to row: the columns of a thread are constant offsets from it. The compiler would
+// rather compute each address and each condition anew, with 64-bit instructions; opaque() hides from it where a value
+// came from.
 #pragma once
 
 #include <cstdint>
@@ -11,6 +15,28 @@
 #include "cuda/vector_access.cuh"
 
 namespace fm {
+
+#ifdef FM_EMULATION
+template <typename T>
+FM_DEVICE T opaque(T value) {
+  return value;
+}
+#else
+FM_DEVICE int opaque(int value) {
+  asm volatile("" : "+r"(value));
+  return value;
+}
+FM_DEVICE int64_t opaque(int64_t value) {
+  asm volatile("" : "+l"(value));
+  return value;
+}
+// For cp.async only: the compiler no longer knows that this is global memory.
+template <typename T>
+FM_DEVICE T* opaque(T* address) {
+  asm volatile("" : "+l"(address));
+  return address;
+}
+#endif
 
 // Aligned matrices of T: accesses of 16 bytes, fetched past the registers.
 template <typename T, int kColumns>
@@ -26,9 +52,11 @@ struct WideStream {
 
   FM_DEVICE WideStream(const void* address, DType) : data(static_cast<T*>(const_cast<void*>(address))) {}
 
-  FM_DEVICE void fetch(int64_t index, uint4* slots, int stride) const {
+  using Source = const T*;
+  FM_DEVICE Source source(int64_t index) const { return opaque(static_cast<const T*>(data + index)); }
+  FM_DEVICE void fetch(Source from, int offset, uint4* slots, int stride) const {
 #pragma unroll
-    for (int s = 0; s < kSlots; ++s) copy_async(slots + s * stride, data + index + s * kPerSlot);
+    for (int s = 0; s < kSlots; ++s) copy_async(slots + s * stride, from + (offset + s * kPerSlot));
   }
   static FM_DEVICE Raw take(const uint4* slots, int stride) {
     Raw raw;
@@ -59,9 +87,11 @@ struct WideStream {
     }
     return raw;
   }
-  FM_DEVICE void store(int64_t index, const Raw& raw) const {
+  FM_DEVICE void store(int64_t index, int offset, const Raw& raw) const {
 #pragma unroll
-    for (int s = 0; s < kSlots; ++s) *reinterpret_cast<uint4*>(data + index + s * kPerSlot) = raw.words[s];
+    for (int s = 0; s < kSlots; ++s) {
+      *reinterpret_cast<uint4*>(data + index + (offset + s * kPerSlot)) = raw.words[s];
+    }
   }
 };
 
@@ -82,7 +112,9 @@ struct AnyStream {
     if (dtype == DType::kBFloat16) return to_float(static_cast<const BFloat16*>(data)[index]);
     return to_float(static_cast<const Float16*>(data)[index]);
   }
-  FM_DEVICE void fetch(int64_t index, float* slots, int) const { *slots = load(index); }
+  using Source = int64_t;  // an index
+  FM_DEVICE Source source(int64_t index) const { return index; }
+  FM_DEVICE void fetch(Source from, int offset, float* slots, int) const { *slots = load(from + offset); }
   static FM_DEVICE Raw take(const float* slots, int) { return {*slots}; }
   FM_DEVICE void unpack(const Raw& raw, float (&values)[1]) const { values[0] = raw.value; }
   // The value as it will be stored.
@@ -91,7 +123,8 @@ struct AnyStream {
     if (dtype == DType::kBFloat16) return {to_float(from_float<BFloat16>(values[0]))};
     return {to_float(from_float<Float16>(values[0]))};
   }
-  FM_DEVICE void store(int64_t index, const Raw& raw) const {
+  FM_DEVICE void store(int64_t begin, int offset, const Raw& raw) const {
+    const int64_t index = begin + offset;
     if (dtype == DType::kFloat32) {
       static_cast<float*>(data)[index] = raw.value;
     } else if (dtype == DType::kBFloat16) {

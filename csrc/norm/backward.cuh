@@ -52,99 +52,131 @@ __global__ void __launch_bounds__(kNormThreads, 1) norm_backward_in_registers(No
   using Rows = NormRows<Dy, Stream, kWarps>;
   using Sums = std::conditional_t<kCentred, float2, float>;
   constexpr int kAccesses = Rows::kAccesses, kCount = Rows::kCount;
-  constexpr int kX = Dy::kSlots * kNormThreads, kTotal = kX + Stream::kSlots * kNormThreads;
+  constexpr int kDy = Dy::kSlots * kNormThreads, kX = Stream::kSlots * kNormThreads;
   FM_DYNAMIC_SHARED(typename Rows::Slot, ring);
   FM_SHARED(Sums, scratch, 2 * kNormThreads / kWarpSize);
   const Rows rows(a.width);
   const Dy dy(a.dy, a.dtype), dx(a.dx, a.dtype);
   const Stream x(a.x, a.stream_dtype), dtotal(a.dtotal, a.stream_dtype), dresidual(a.dresidual, a.stream_dtype);
-  const int accesses = static_cast<int>((a.width + Rows::kStep - 1) / Rows::kStep);
-  const int slots = Dy::kSlots + Stream::kSlots + (a.dtotal != nullptr ? Stream::kSlots : 0);
-  const auto slot = [&](int stage, int i) {
-    return ring + (stage * accesses + i) * slots * kNormThreads + threadIdx.x;
+  const int accesses = (rows.width + Rows::kStep - 1) / Rows::kStep;
+  // Conditions of every access, kept in registers.
+  const bool adds = opaque(static_cast<int>(a.dtotal != nullptr)) != 0;
+  const int writes_dx = opaque(static_cast<int>(a.dx != nullptr));
+  const int writes_dresidual = opaque(static_cast<int>(a.dresidual != nullptr));
+  const int held = rows.held();
+  // The ring of dy, then of x, then of dtotal.
+  typename Rows::Slot* const ring_x = ring + stages * accesses * kDy;
+  typename Rows::Slot* const ring_total = ring_x + stages * accesses * kX;
+  const int64_t row_step = Rows::row_step(), skip = row_step * a.width;
+  int64_t next_row = rows.row(0);  // to be fetched
+  int64_t index = next_row * a.width + rows.first, next = index;
+  int later = next_row < a.rows ? held : 0;  // accesses of next_row
+  typename Dy::Source from_dy = dy.source(next);
+  typename Stream::Source from_x = x.source(next), from_total = dtotal.source(next);
+  const auto fetch = [&](int stage, int i) {
+    if (!(later >> i & 1)) return;
+    dy.fetch(from_dy, i * Rows::kStep, ring + stage * accesses * kDy + threadIdx.x + i * kDy, kNormThreads);
+    const int slot_x = stage * accesses * kX + threadIdx.x + i * kX;
+    x.fetch(from_x, i * Rows::kStep, ring_x + slot_x, kNormThreads);
+    if (adds) dtotal.fetch(from_total, i * Rows::kStep, ring_total + slot_x, kNormThreads);
   };
-  const auto fetch = [&](int64_t row, int stage, int i) {
-    if (row >= a.rows) return;
-    const int64_t index = row * a.width + rows.column(i);
-    dy.fetch(index, slot(stage, i), kNormThreads);
-    x.fetch(index, slot(stage, i) + kX, kNormThreads);
-    if (a.dtotal != nullptr) dtotal.fetch(index, slot(stage, i) + kTotal, kNormThreads);
+  const auto commit_row = [&] {
+    commit_copies();
+    next_row += row_step;
+    later = next_row < a.rows ? held : 0;
+    next = opaque(next + skip);
+    from_dy = dy.source(next);
+    from_x = x.source(next);
+    if (adds) from_total = dtotal.source(next);
   };
+#pragma unroll 1
   for (int stage = 0; stage < stages; ++stage) {
 #pragma unroll
-    for (int i = 0; i < kAccesses; ++i) {
-      if (rows.holds(i)) fetch(rows.row(stage), stage, i);
-    }
-    commit_copies();
+    for (int i = 0; i < kAccesses; ++i) fetch(stage, i);
+    commit_row();
   }
-  float* staging = reinterpret_cast<float*>(ring + stages * accesses * slots * kNormThreads);
+  float* staging = reinterpret_cast<float*>(ring_total + (adds ? stages * accesses * kX : 0));
   BackwardParameter<Rows> weights;
   weights.load(rows, a.weight, 1.0f, a.weight_offset, staging);
   if constexpr (Rows::kGroups > 1) __syncthreads();
   float dweight[kAccesses][kCount] = {}, dbias[kAccesses][kCount] = {};
   const int64_t rounds = Rows::rounds(a.rows);
+  const float per_column = 1.0f / static_cast<float>(rows.width);
   int stage = 0, parity = 0;
+  int64_t row = rows.row(0);
+  // The statistics of a row are loaded a round before their use.
+  float next_mean = 0.0f, next_rstd = 0.0f;
+  const auto load_statistics = [&](int64_t of_row) {
+    if (of_row >= a.rows) return;
+    if constexpr (kCentred) next_mean = a.mean[of_row];
+    next_rstd = a.rstd[of_row];
+  };
+  load_statistics(row);
   for (int64_t round = 0; round < rounds; ++round) {
-    const int64_t row = rows.row(round);
     const bool active = row < a.rows;
-    const float mean = active && kCentred ? a.mean[row] : 0.0f, rstd = active ? a.rstd[row] : 0.0f;
-    float g[kCount], normalised[kCount], weight[kCount];
+    const int now = active ? held : 0;
+    const float mean = next_mean, rstd = next_rstd;
+    load_statistics(row + row_step);
+    const auto* const slots_dy = ring + stage * accesses * kDy + threadIdx.x;
+    const int slot_x = stage * accesses * kX + threadIdx.x;
+    float g[kCount], values[kCount], weight[kCount];
     Sums sums{};
     const auto unpack = [&](int i) {
-      dy.unpack(Dy::take(slot(stage, i), kNormThreads), g);
-      x.unpack(Stream::take(slot(stage, i) + kX, kNormThreads), normalised);
+      dy.unpack(Dy::take(slots_dy + i * kDy, kNormThreads), g);
+      x.unpack(Stream::take(ring_x + slot_x + i * kX, kNormThreads), values);
       weights.get(i, weight);
-#pragma unroll
-      for (int k = 0; k < kCount; ++k) normalised[k] = (kCentred ? normalised[k] - mean : normalised[k]) * rstd;
     };
+    const float shift = -mean * rstd;  // normalised = x * rstd + shift
     wait_for_copies(stages - 1);
 #pragma unroll
     for (int i = 0; i < kAccesses; ++i) {
-      if (!active || !rows.holds(i)) continue;
+      if (!(now >> i & 1)) continue;
       unpack(i);
 #pragma unroll
       for (int k = 0; k < kCount; ++k) {
-        dweight[i][k] += g[k] * normalised[k];
+        const float normalised = kCentred ? values[k] * rstd + shift : values[k] * rstd;
+        dweight[i][k] += g[k] * normalised;
         if constexpr (kCentred) dbias[i][k] += g[k];
         g[k] *= weight[k];
         if constexpr (kCentred) {
-          sums = added(sums, {g[k] * normalised[k], g[k]});
+          sums = added(sums, {g[k] * normalised, g[k]});
         } else {
-          sums += g[k] * normalised[k];
+          sums += g[k] * normalised;
         }
       }
     }
     sums = row_sum<kWarps>(sums, scratch + (parity * Rows::kGroups + rows.group) * kWarps, rows.warp, rows.lane);
     parity ^= 1;
-    float mean_projection, mean_g = 0.0f;
+    // dx = rstd * (g - mean(g) - normalised * mean(g * normalised)) = rstd * g + (x * slope + base)
+    float slope, base = 0.0f;
     if constexpr (kCentred) {
-      mean_projection = sums.x / static_cast<float>(a.width);
-      mean_g = sums.y / static_cast<float>(a.width);
+      const float scaled = rstd * (sums.x * per_column);
+      slope = -rstd * scaled;
+      base = -rstd * (sums.y * per_column) - shift * scaled;
     } else {
-      mean_projection = sums / static_cast<float>(a.width);
+      slope = -rstd * (rstd * (sums * per_column));
     }
 #pragma unroll
     for (int i = 0; i < kAccesses; ++i) {
-      if (!rows.holds(i)) continue;
-      if (active && (a.dx != nullptr || a.dresidual != nullptr)) {
+      if (now >> i & 1 && (writes_dx | writes_dresidual)) {
         unpack(i);
 #pragma unroll
         for (int k = 0; k < kCount; ++k) {
-          g[k] = rstd * ((kCentred ? g[k] * weight[k] - mean_g : g[k] * weight[k]) -
-                         normalised[k] * mean_projection);
+          g[k] = rstd * (g[k] * weight[k]) + (kCentred ? values[k] * slope + base : values[k] * slope);
         }
-        if (a.dtotal != nullptr) {
-          dtotal.unpack(Stream::take(slot(stage, i) + kTotal, kNormThreads), normalised);
+        if (adds) {
+          dtotal.unpack(Stream::take(ring_total + slot_x + i * kX, kNormThreads), values);
 #pragma unroll
-          for (int k = 0; k < kCount; ++k) g[k] += normalised[k];
+          for (int k = 0; k < kCount; ++k) g[k] += values[k];
         }
-        const int64_t index = row * a.width + rows.column(i);
-        if (a.dx != nullptr) dx.store(index, dx.pack(g));
-        if (a.dresidual != nullptr) dresidual.store(index, dresidual.pack(g));
+        if (writes_dx) dx.store(index, i * Rows::kStep, dx.pack(g));
+        if (writes_dresidual) dresidual.store(index, i * Rows::kStep, dresidual.pack(g));
       }
-      fetch(rows.row(round + stages), stage, i);
+      fetch(stage, i);
     }
-    commit_copies();
+    commit_row();
+    row += row_step;
+    index = opaque(index + skip);
     stage = stage + 1 == stages ? 0 : stage + 1;
   }
   if (a.partials == nullptr) return;
@@ -167,8 +199,8 @@ bool try_backward_in_registers(const NormBackward& a, NormDevice device, cudaStr
   if (stages < 1) return false;
   const int64_t sums_bytes = Rows::kGroups > 1 ? Rows::kGroups * row_bytes : 0;
   const int bytes = static_cast<int>(std::max(stages * stage_bytes + staging_bytes, sums_bytes));
-  auto* kernel = norm_backward_in_registers<Dy, Stream, kCentred, kWarps>;
-  if (bytes > kSharedWithoutAsking) cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
+  constexpr auto* kernel = norm_backward_in_registers<Dy, Stream, kCentred, kWarps>;
+  if (!allow_dynamic_shared<kernel>(bytes)) return false;
   FM_LAUNCH_DYNAMIC(kernel, dim3(static_cast<unsigned>(a.parts)), dim3(kNormThreads), bytes, stream, a,
                     static_cast<int>(stages));
   return true;
@@ -179,6 +211,7 @@ bool try_backward(const NormBackward& a, NormDevice device, cudaStream_t stream)
   if (a.width <= 1024) return try_backward_in_registers<Dy, Stream, kCentred, 1>(a, device, stream);
   if constexpr (Dy::kCount > 1) {  // narrow accesses are slow anyway and need no third kernel
     if (a.width <= 4096) return try_backward_in_registers<Dy, Stream, kCentred, 4>(a, device, stream);
+    if (a.width <= 8192) return try_backward_in_registers<Dy, Stream, kCentred, 8>(a, device, stream);
   }
   return try_backward_in_registers<Dy, Stream, kCentred, 16>(a, device, stream);
 }

@@ -27,25 +27,35 @@ __global__ void __launch_bounds__(kNormThreads, 1) norm_forward_in_registers(Nor
   const Rows rows(a.width);
   const In x(a.x, a.dtype), y(a.y, a.dtype);
   const Stream residual(a.residual, a.stream_dtype), total(a.total, a.stream_dtype);
-  const bool adds = a.residual != nullptr;
-  const int accesses = static_cast<int>((a.width + Rows::kStep - 1) / Rows::kStep);
-  const int slots = In::kSlots + (adds ? Stream::kSlots : 0);
-  const auto slot = [&](int stage, int i) {
-    return ring + (stage * accesses + i) * slots * kNormThreads + threadIdx.x;
-  };
-  const auto fetch = [&](int64_t round, int stage) {
-    const int64_t row = rows.row(round);
+  const bool adds = opaque(static_cast<int>(a.residual != nullptr)) != 0;
+  const int accesses = (rows.width + Rows::kStep - 1) / Rows::kStep;
+  // The ring of x, then the ring of residual.
+  constexpr int kX = In::kSlots * kNormThreads, kResidual = Stream::kSlots * kNormThreads;
+  typename Rows::Slot* const ring_residual = ring + stages * accesses * kX;
+  const int64_t row_step = Rows::row_step(), skip = row_step * a.width;
+  const int held = rows.held();
+  int64_t next_row = rows.row(0);  // to be fetched
+  int64_t index = next_row * a.width + rows.first, next = index;
+  const auto fetch = [&](int stage) {
+    if (next_row < a.rows) {
+      const typename In::Source from_x = x.source(next);
+      const typename Stream::Source from_residual = residual.source(next);
 #pragma unroll
-    for (int i = 0; i < kAccesses; ++i) {
-      if (row >= a.rows || !rows.holds(i)) continue;
-      const int64_t index = row * a.width + rows.column(i);
-      x.fetch(index, slot(stage, i), kNormThreads);
-      if (adds) residual.fetch(index, slot(stage, i) + In::kSlots * kNormThreads, kNormThreads);
+      for (int i = 0; i < kAccesses; ++i) {
+        if (!(held >> i & 1)) continue;
+        x.fetch(from_x, i * Rows::kStep, ring + stage * accesses * kX + threadIdx.x + i * kX, kNormThreads);
+        if (!adds) continue;
+        typename Rows::Slot* const slots = ring_residual + stage * accesses * kResidual + threadIdx.x;
+        residual.fetch(from_residual, i * Rows::kStep, slots + i * kResidual, kNormThreads);
+      }
     }
     commit_copies();
+    next_row += row_step;
+    next = opaque(next + skip);
   };
-  for (int stage = 0; stage < stages; ++stage) fetch(stage, stage);
-  float* staging = reinterpret_cast<float*>(ring + stages * accesses * slots * kNormThreads);
+#pragma unroll 1
+  for (int stage = 0; stage < stages; ++stage) fetch(stage);
+  float* staging = reinterpret_cast<float*>(ring_residual + (adds ? stages * accesses * kResidual : 0));
   ForwardParameter<Rows, In, Stream> weights, biases;
   weights.load(rows, a.weight, 1.0f, a.weight_offset, staging);
   const int staged = accesses > weights.kFirst ? accesses - weights.kFirst : 0;
@@ -53,29 +63,33 @@ __global__ void __launch_bounds__(kNormThreads, 1) norm_forward_in_registers(Nor
   if constexpr (Rows::kGroups > 1) __syncthreads();
 
   const int64_t rounds = Rows::rounds(a.rows);
+  const float per_column = 1.0f / static_cast<float>(rows.width);
   int stage = 0, parity = 0;
+  int64_t row = rows.row(0);
   const auto sum_of_row = [&](float value) {
     parity ^= 1;
     return row_sum<kWarps>(value, scratch + (parity * Rows::kGroups + rows.group) * kWarps, rows.warp, rows.lane);
   };
   for (int64_t round = 0; round < rounds; ++round) {
-    const int64_t row = rows.row(round);
     const bool active = row < a.rows;
+    const int now = active ? held : 0;
     typename Stream::Raw kept[kAccesses];
     float values[kCount], sum = 0.0f, mean = 0.0f;
+    const auto* const slots = ring + stage * accesses * kX + threadIdx.x;
     wait_for_copies(stages - 1);
 #pragma unroll
     for (int i = 0; i < kAccesses; ++i) {
-      if (!active || !rows.holds(i)) continue;
-      const typename In::Raw read = In::take(slot(stage, i), kNormThreads);
+      if (!(now >> i & 1)) continue;
+      const typename In::Raw read = In::take(slots + i * kX, kNormThreads);
       x.unpack(read, values);
       if (adds) {
         float others[kCount];
-        residual.unpack(Stream::take(slot(stage, i) + In::kSlots * kNormThreads, kNormThreads), others);
+        const auto* const slots_residual = ring_residual + stage * accesses * kResidual + threadIdx.x;
+        residual.unpack(Stream::take(slots_residual + i * kResidual, kNormThreads), others);
 #pragma unroll
         for (int k = 0; k < kCount; ++k) values[k] += others[k];
         kept[i] = total.pack(values);
-        total.store(row * a.width + rows.column(i), kept[i]);
+        total.store(index, i * Rows::kStep, kept[i]);
         total.unpack(kept[i], values);  // normalise the values that backward will read
       } else if constexpr (std::is_same_v<In, Stream>) {
         kept[i] = read;
@@ -83,25 +97,25 @@ __global__ void __launch_bounds__(kNormThreads, 1) norm_forward_in_registers(Nor
 #pragma unroll
       for (int k = 0; k < kCount; ++k) sum += kCentred ? values[k] : values[k] * values[k];
     }
-    fetch(round + stages, stage);
+    fetch(stage);
     stage = stage + 1 == stages ? 0 : stage + 1;
     sum = sum_of_row(sum);
     if constexpr (kCentred) {
-      mean = sum / static_cast<float>(a.width);
+      mean = sum * per_column;
       sum = 0.0f;
 #pragma unroll
       for (int i = 0; i < kAccesses; ++i) {
-        if (!active || !rows.holds(i)) continue;
+        if (!(now >> i & 1)) continue;
         total.unpack(kept[i], values);
 #pragma unroll
         for (int k = 0; k < kCount; ++k) sum += (values[k] - mean) * (values[k] - mean);
       }
       sum = sum_of_row(sum);
     }
-    const float rstd = inverse_sqrt(sum / static_cast<float>(a.width) + a.eps);
+    const float rstd = inverse_sqrt(sum * per_column + a.eps);
 #pragma unroll
     for (int i = 0; i < kAccesses; ++i) {
-      if (!active || !rows.holds(i)) continue;
+      if (!(now >> i & 1)) continue;
       float weight[kCount], bias[kCount];
       total.unpack(kept[i], values);
       weights.get(i, weight);
@@ -110,12 +124,14 @@ __global__ void __launch_bounds__(kNormThreads, 1) norm_forward_in_registers(Nor
       for (int k = 0; k < kCount; ++k) {
         values[k] = kCentred ? (values[k] - mean) * rstd * weight[k] + bias[k] : values[k] * rstd * weight[k];
       }
-      y.store(row * a.width + rows.column(i), y.pack(values));
+      y.store(index, i * Rows::kStep, y.pack(values));
     }
     if (active && rows.warp == 0 && rows.lane == 0) {
       if constexpr (kCentred) a.mean[row] = mean;
       a.rstd[row] = rstd;
     }
+    row += row_step;
+    index = opaque(index + skip);
   }
 }
 
@@ -129,9 +145,9 @@ bool try_forward_in_registers(const NormForward& a, NormDevice device, cudaStrea
   const int64_t staging_bytes = kCentred ? 2 * parameter_bytes : parameter_bytes;
   const int64_t stages = std::min<int64_t>(kNormMaxStages, (device.shared_bytes - staging_bytes) / stage_bytes);
   if (stages < 1) return false;
-  auto* kernel = norm_forward_in_registers<In, Stream, kCentred, kWarps>;
+  constexpr auto* kernel = norm_forward_in_registers<In, Stream, kCentred, kWarps>;
   const int bytes = static_cast<int>(stages * stage_bytes + staging_bytes);
-  if (bytes > kSharedWithoutAsking) cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
+  if (!allow_dynamic_shared<kernel>(bytes)) return false;
   const dim3 grid(static_cast<unsigned>(norm_blocks(a.rows, device.multiprocessors)));
   FM_LAUNCH_DYNAMIC(kernel, grid, dim3(kNormThreads), bytes, stream, a, static_cast<int>(stages));
   return true;
@@ -142,6 +158,7 @@ bool try_forward(const NormForward& a, NormDevice device, cudaStream_t stream) {
   if (a.width <= 1024) return try_forward_in_registers<In, Stream, kCentred, 1>(a, device, stream);
   if constexpr (In::kCount > 1) {  // narrow accesses are slow anyway and need no third kernel
     if (a.width <= 4096) return try_forward_in_registers<In, Stream, kCentred, 4>(a, device, stream);
+    if (a.width <= 8192) return try_forward_in_registers<In, Stream, kCentred, 8>(a, device, stream);
   }
   return try_forward_in_registers<In, Stream, kCentred, 16>(a, device, stream);
 }

@@ -12,7 +12,7 @@ template <int kCount>
 FM_DEVICE void store_any(void* data, DType dtype, int64_t index, const float (&values)[kCount]) {
   if constexpr (kCount == 1) {
     const AnyStream stream(data, dtype);
-    stream.store(index, stream.pack(values));
+    stream.store(index, 0, stream.pack(values));
   } else if (dtype == DType::kFloat32) {
     *reinterpret_cast<float4*>(static_cast<float*>(data) + index) = float4{values[0], values[1], values[2], values[3]};
   } else {

@@ -6,6 +6,7 @@
 #pragma once
 
 #include <algorithm>
+#include <atomic>
 #include <cstdint>
 
 #include "cuda/row_reduction.cuh"
@@ -31,26 +32,33 @@ struct NormRows {
   static constexpr int kMaxWidth = kThreads * kNormColumns;
   using Slot = typename First::Slot;
 
-  int lane, warp, group, first;
-  int64_t width;
+  int lane, warp, group, first, width;
 
   FM_DEVICE explicit NormRows(int64_t width_)
       : lane(threadIdx.x % kWarpSize),
         warp(threadIdx.x / kWarpSize % kWarps),
         group(threadIdx.x / kThreads),
         first(threadIdx.x % kThreads * kCount),
-        width(width_) {}
+        width(static_cast<int>(width_)) {}
 
   FM_DEVICE bool holds(int access) const { return first + access * kStep < width; }
   FM_DEVICE int column(int access) const { return first + access * kStep; }
+  // Bit i: holds(i).
+  FM_DEVICE int held() const {
+    int bits = 0;
+#pragma unroll
+    for (int i = 0; i < kAccesses; ++i) bits |= holds(i) ? 1 << i : 0;
+    return opaque(bits);
+  }
   // Neighbouring blocks have neighbouring rows. Every group makes the same number of rounds, since groups share
   // barriers.
   FM_DEVICE int64_t row(int64_t round) const {
     return blockIdx.x + static_cast<int64_t>(gridDim.x) * (group + kGroups * round);
   }
+  // From the row of a round to the row of the next round.
+  static FM_DEVICE int64_t row_step() { return static_cast<int64_t>(gridDim.x) * kGroups; }
   static FM_DEVICE int64_t rounds(int64_t rows) {
-    const int64_t a_round = static_cast<int64_t>(gridDim.x) * kGroups;
-    return (rows - blockIdx.x + a_round - 1) / a_round;
+    return (rows - blockIdx.x + row_step() - 1) / row_step();
   }
 };
 
@@ -140,6 +148,21 @@ struct NormDevice {
   int multiprocessors;
   int64_t shared_bytes;
 };
+
+// Lets a kernel have `bytes` of dynamic shared memory; asked once a kernel, device and size, since the driver is slow.
+// Returns false if the device refuses; check_launch then reports why.
+template <auto* kKernel>
+bool allow_dynamic_shared(int bytes) {
+  constexpr int kDevices = 64;
+  static std::atomic<int> allowed[kDevices] = {};
+  int device = 0;
+  if (bytes <= kSharedWithoutAsking) return true;
+  if (cudaGetDevice(&device) != cudaSuccess || device >= kDevices) return false;
+  if (allowed[device].load(std::memory_order_relaxed) >= bytes) return true;
+  if (cudaFuncSetAttribute(kKernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes) != cudaSuccess) return false;
+  allowed[device].store(bytes, std::memory_order_relaxed);
+  return true;
+}
 
 // Calls f with the types of the two streams, for aligned rows.
 template <typename F>
