@@ -41,8 +41,9 @@ from steps_on_ranks import Candidate, WrongResult, fill, measure, run_providers,
 
 from fused_megatron.benchmarking.side_by_side import OURS, Bars, Comparison
 from fused_megatron.observe.model_flops import gpt_step_flops
-from fused_megatron.pipeline import Costs, simulate
+from fused_megatron.pipeline import simulate
 from fused_megatron.pipeline.schedule.schedules import SCHEDULES
+from fused_megatron.pipeline.view.simulation import mean_costs
 
 CHECKED_STEPS = 3
 # Sums in another order, through two updates of AdamW, which magnifies small differences.
@@ -106,19 +107,8 @@ def bubble_s(step: TrainingStep) -> float:
     dist.all_gather_object(every, step.actions)
     schedule = step.schedule
     assert schedule is not None
-    times: dict[tuple[int, str], list[float]] = {}
-    for actions in every:
-        for stage, kind, seconds in actions:
-            times.setdefault((stage, kind), []).append(seconds)
-
-    def mean(kinds: str) -> tuple[float, ...]:
-        """Return mean seconds by stage; of whole backwards if the engine does not split them."""
-        rows = [
-            next((times[stage, k] for k in kinds if (stage, k) in times), [0.0]) for stage in range(schedule.num_stages)
-        ]
-        return tuple(sum(row) / len(row) for row in rows)
-
-    timeline = simulate(schedule, Costs(mean("F"), mean("IB"), mean("W")))
+    costs = mean_costs((action for actions in every for action in actions), schedule.num_stages)
+    timeline = simulate(schedule, costs)
     return timeline.makespan - sum(timeline.busy) / schedule.num_ranks
 
 

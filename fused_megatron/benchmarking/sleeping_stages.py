@@ -14,6 +14,7 @@ from fused_megatron.pipeline.run.executor import PipelineExecutor
 from fused_megatron.pipeline.run.stage_hooks import StageFunctions
 from fused_megatron.pipeline.schedule.action import Kind, stages_of
 from fused_megatron.pipeline.view.recording import Recorder
+from fused_megatron.pipeline.view.simulation import mean_costs
 from fused_megatron.sharding import parameter_record
 
 # Size of a message between stages, small enough to be sent at once.
@@ -99,6 +100,15 @@ class MeasuredSchedule:
     measured: Timeline
     step_s: list[float]
     peak_held: list[int]
+
+    def exposed_messages(self, schedule: Schedule) -> float:
+        """Return the share of the measured step by which messages delay it.
+
+        It is the excess over the same actions, with their measured times and messages that take no time.
+        """
+        actions = [(*event.action[:2], event.end - event.start) for events in self.measured.events for event in events]
+        taken = self.measured.makespan
+        return 1 - simulate(schedule, mean_costs(actions, schedule.num_stages)).makespan / taken
 
 
 def measure_schedule(

@@ -9,19 +9,20 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
-PRODUCT, ATTENTION, NORM, ACTIVATION, RESIDUAL, LOSS, EXPERTS, OPTIMIZER, COPY, OTHER = (
+PRODUCT, ATTENTION, NORM, ACTIVATION, RESIDUAL, EMBEDDING, LOSS, EXPERTS, OPTIMIZER, COPY, OTHER = (
     "products",
     "attention",
     "norms",
     "MLP activation",
     "dropout and residual",
+    "embedding",
     "loss",
     "experts",
     "optimizer",
     "copies",
     "other",
 )
-KINDS = (PRODUCT, ATTENTION, NORM, ACTIVATION, RESIDUAL, LOSS, EXPERTS, OPTIMIZER, COPY, OTHER)
+KINDS = (PRODUCT, ATTENTION, NORM, ACTIVATION, RESIDUAL, EMBEDDING, LOSS, EXPERTS, OPTIMIZER, COPY, OTHER)
 """Kinds of kernels, in the order of a report."""
 
 _FLASH = torch.ops.aten._scaled_dot_product_flash_attention
@@ -47,6 +48,7 @@ _KINDS_BY_PART = {
     "masked_softmax": ATTENTION,
     "_norm_": NORM,
     "bias_dropout_add": RESIDUAL,
+    "embedding": EMBEDDING,
     "cross_entropy": LOSS,
     "expert_": EXPERTS,
     "weighted_swiglu": EXPERTS,
@@ -61,13 +63,14 @@ _NO_KERNEL = {
 }
 # Arguments that these ops only write: Tensor(a!) says "written", and for most ops means "read and written".
 _ONLY_WRITTEN = {
-    **dict.fromkeys(["copy_", "zero_", "fill_", "normal_", "uniform_", "_foreach_copy_", "_foreach_zero_"], "self"),
-    "adamw_": "low",
+    **dict.fromkeys(["copy_", "zero_", "fill_", "normal_", "uniform_", "_foreach_copy_", "_foreach_zero_"], ("self",)),
+    "adamw_": ("low",),
+    "rotary_embedding_out": ("q_out", "k_out"),
 }
 # Ops that read of a table the rows which they return.
-_READS_ROWS = {"embedding", "index_select", "gather", "index"}
-# Ops that add to some rows of a table.
-_ADDS_ROWS = {"index_add_"}
+_READS_ROWS = {"embedding", "index_select", "gather", "index", "vocab_embedding_forward"}
+# Ops that add rows to some rows of a table: the arguments of the rows and of the table.
+_ADDS_ROWS = {"index_add_": ("source", "self"), "vocab_embedding_backward_": ("dy", "total")}
 
 ADAMW_TENSORS, SQUARES_TENSORS = 64, 192
 """Tensors that one launch of adamw_ (kAdamwTensors) and of sum_of_squares (kSquaresTensors) takes."""
@@ -100,7 +103,8 @@ def kernels_of(
     if name in _READS_ROWS:
         num_bytes = 2 * sum(map(_bytes, written))
     elif name in _ADDS_ROWS:
-        num_bytes = 3 * _bytes(_named(func, args, kwargs)["source"])
+        rows, table = (_named(func, args, kwargs)[argument] for argument in _ADDS_ROWS[name])
+        num_bytes = _bytes(rows) + 2 * rows.numel() * table.element_size()
     else:
         num_bytes = sum(map(_bytes, (*read, *written)))
     launches = _LAUNCHES.get(name)
@@ -126,7 +130,7 @@ class AttentionOfAGPU(TorchFunctionMode):
     """Context manager in which attention on the meta device runs the ops of FlashAttention, as on a GPU.
 
     Otherwise scaled_dot_product_attention on the meta device runs products and a softmax. It takes only what
-    FlashAttention takes: no mask, no dropout.
+    FlashAttention takes: no mask, 16 bits, heads of at most 256.
     """
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -134,21 +138,16 @@ class AttentionOfAGPU(TorchFunctionMode):
         if func is not F.scaled_dot_product_attention or not args[0].is_meta or not _takes_flash(*args, **kwargs):
             return func(*args, **kwargs)
         query, key, value = args[:3]
-        causal, scale = kwargs.get("is_causal", False), kwargs.get("scale")
-        return _FLASH(query, key, value, 0.0, causal, False, scale=scale)[0]
+        dropout, causal = kwargs.get("dropout_p", 0.0), kwargs.get("is_causal", False)
+        return _FLASH(query, key, value, dropout, causal, False, scale=kwargs.get("scale"))[0]
 
 
 def _takes_flash(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    attn_mask: torch.Tensor | None = None,
-    dropout_p: float = 0.0,
-    is_causal: bool = False,
-    **rest: Any,
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *others: Any, attn_mask: Any = None, **_: Any
 ) -> bool:
-    sixteen_bits = query.dtype in (torch.bfloat16, torch.float16)
-    return attn_mask is None and not dropout_p and sixteen_bits and query.shape[-1] == value.shape[-1] <= 256
+    # Our calls name the other arguments.
+    plain = not others and attn_mask is None and query.dtype in (torch.bfloat16, torch.float16)
+    return plain and query.shape[-1] == value.shape[-1] <= 256
 
 
 def _named(func: Any, args: Any, kwargs: Mapping[str, Any]) -> dict[str, Any]:
@@ -169,7 +168,7 @@ def _touched(
         if argument.is_write:
             is_kept = name == "adamw_" and argument.name == "gradient" and not values["zero_gradient"]
             written += [] if is_kept else tensors
-            if not argument.is_out and _ONLY_WRITTEN.get(name) != argument.name:
+            if not argument.is_out and argument.name not in _ONLY_WRITTEN.get(name, ()):
                 read += tensors
         else:
             read += tensors
@@ -205,6 +204,7 @@ _LAUNCHES: dict[str, Callable[[Mapping[str, Any]], int]] = {
     "bias_geglu_backward": _with_column_sums("need_dbias"),
     "bias_swiglu_backward": _with_column_sums("need_dbias"),
     "bias_dropout_add_backward": _with_column_sums("need_dbias"),
+    "vocab_embedding_backward_": lambda named: 2,  # a sort, and the sums
     "expert_routing_forward": lambda named: 2,
     "expert_order": lambda named: 3,
     "adamw_": lambda named: -(-len(named["main"]) // ADAMW_TENSORS),

@@ -1,12 +1,14 @@
 """Start here when `make bench-pipeline` measures another bubble or memory than the simulator predicts."""
 
+import dataclasses
 import json
 from itertools import pairwise
 
+import pytest
 import torch.distributed as dist
 
-from fused_megatron.benchmarking.sleeping_stages import measure_schedule
-from fused_megatron.pipeline import Costs, build_schedule
+from fused_megatron.benchmarking.sleeping_stages import MeasuredSchedule, measure_schedule
+from fused_megatron.pipeline import Costs, build_schedule, simulate
 from fused_megatron.pipeline.schedule.action import COMPUTE, Kind
 from fused_megatron.pipeline.view.timeline import to_perfetto
 from fused_megatron.testing import run_on_ranks
@@ -32,6 +34,7 @@ def test_a_step_takes_the_time_and_the_memory_that_were_predicted():
         assert all(answer[index] == result for answer in answers), "every rank knows all of it"
         # Only the benchmark checks how much longer a step takes: at most 5 %.
         assert result.predicted.makespan <= max(result.step_s)
+        assert result.exposed_messages(schedule) < 1
         assert tuple(result.peak_held) == result.predicted.peak_live == result.measured.peak_live
         for rank, events in enumerate(result.measured.events):
             done = [event.action for event in events if event.action.kind in (*COMPUTE, Kind.UPDATE)]
@@ -42,3 +45,17 @@ def test_a_step_takes_the_time_and_the_memory_that_were_predicted():
     trace = json.loads(to_perfetto({"predicted": result.predicted, "measured": result.measured}))
     names = [e["args"]["name"] for e in trace["traceEvents"] if e["name"] == "process_name"]
     assert names == ["predicted", "measured"]
+
+
+@pytest.mark.parametrize("name", ["1f1b", "zb_v", "interleaved_1f1b"])
+def test_exposed_messages_are_the_delay_of_a_step(name):
+    """A recorded step whose messages take time is longer by that than the same actions with messages of no time."""
+    schedule = build_schedule(name, RANKS, 8)
+    plain = costs_of(schedule)
+    late = dataclasses.replace(plain, link_latency=0.004)
+    measured, without = simulate(schedule, late), simulate(schedule, plain)
+    result = MeasuredSchedule(without, measured, [measured.makespan], [])
+    assert result.exposed_messages(schedule) == pytest.approx(1 - without.makespan / measured.makespan)
+    assert result.exposed_messages(schedule) > 0.01
+    result = MeasuredSchedule(without, without, [without.makespan], [])
+    assert result.exposed_messages(schedule) == pytest.approx(0, abs=1e-9)

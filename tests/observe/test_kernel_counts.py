@@ -51,8 +51,9 @@ def test_bytes_of_what_is_read_and_written():
         (lambda: torch.mm(x, weight.t(), out=on_meta(5, 7)), 2 * (15 + 21 + 35)),
         (lambda: torch.add(x.new_empty(1, 3).expand(5, 3), x), 2 * (3 + 15 + 15)),
         (lambda: F.embedding(ids, table), 2 * 2 * 15),
+        (lambda: on_meta(100, 3, dtype=torch.float32).index_add_(0, ids, x.float()), 4 * 3 * 15),
     ]:
-        ((kernels,),) = counted(run).values()
+        *_, (kernels,) = counted(run).values()
         assert kernels.num_bytes == num_bytes, run
         assert kernels.launches == 1
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from array import array
 from collections import defaultdict
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -56,6 +57,25 @@ class Costs:
         lowest = min(min(values) for values in (*times.values(), (self.link_latency, self.link_occupied)))
         check(lowest >= 0, f"costs: {lowest} must be 0 or more")
         return times
+
+
+def mean_costs(actions: Iterable[tuple[int, str, float]], num_stages: int) -> Costs:
+    """Return the mean times of recorded actions as costs; messages take no time.
+
+    Args:
+        actions: stage, kind ("F", "B", "I" or "W") and time of each action.
+        num_stages: stages of the pipeline. A stage without actions of a kind has the time 0. The time of whole
+            backwards counts as the time of input gradients.
+    """
+    times: dict[tuple[int, str], list[float]] = {}
+    for stage, kind, taken in actions:
+        times.setdefault((stage, kind), []).append(taken)
+
+    def mean(kinds: str) -> tuple[float, ...]:
+        rows = [next((times[stage, k] for k in kinds if (stage, k) in times), [0.0]) for stage in range(num_stages)]
+        return tuple(sum(row) / len(row) for row in rows)
+
+    return Costs(mean("F"), mean("IB"), mean("W"))
 
 
 class Event(NamedTuple):
