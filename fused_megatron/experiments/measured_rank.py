@@ -52,8 +52,9 @@ def measure_rank(rank: int, world_size: int, config: TrainConfig, sleep_ms: tupl
         microbatch from its forward to its backward; block_kept: the same of a block; gathered: weights of other ranks
         that stay between steps; peak, peak_activations: at the peak of the step. parameters: their number on this
         rank. flops: of products. <kind>_<axis> and calls_<kind>_<axis>, such as all_reduce_tp: bytes and number of
-        transfers; sent_<axis>: bytes of all kinds, and sent: of all axes. step_ms: at most MOST_TIMED_RANKS ranks. Of sleeping stages:
-        bubble: share of the step in which the busiest rank waits; held: activations at once; step_ms.
+        transfers; sent_<axis>: bytes of all kinds, and sent: of all axes. step_ms: at most MOST_TIMED_RANKS ranks.
+        Of sleeping stages: bubble: share of the step in which the busiest rank waits; simulated_bubble: the same of
+        the simulator, whose messages take no time; held: activations at once; step_ms.
 
     Communication: as the trainer's step.
     """

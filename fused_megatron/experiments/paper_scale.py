@@ -1,6 +1,6 @@
 """Predictions for the machine of a publication, beside its figures."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 
 from fused_megatron.benchmarking.report.experiment_results import PublishedFigure
@@ -79,6 +79,8 @@ FIGURES: dict[str, tuple[str, Callable[[_Predicted], Range]]] = {
     "bubble_percent": ("bubble of the schedule, %", _bubble),
 }
 """Names of published figures, their titles and their predictions."""
+_SHOWN = {"memory_gb": None, "step_ms": None}
+"""Figures of a run of which none is published."""
 OUT_OF_MEMORY = "out_of_memory"
 """Name of a published figure: 1 if the run had too little memory."""
 SPEED_UP, EFFICIENCY = "speed_up", "efficiency_percent"
@@ -114,7 +116,9 @@ def _predict(experiment: Experiment, name: str, run: PaperRun) -> _Predicted:
 
 def _figures(name: str, run: PaperRun, predicted: _Predicted, first: _Predicted) -> Iterator[PublishedFigure]:
     layout = f"{layout_text(predicted.config)}, {predicted.config.parallel.num_ranks:,} x {predicted.cluster.name}"
-    shown = {"memory_gb": None, "step_ms": None} | run.published if not run.published else run.published
+    shown: Mapping[str, float | None] = run.published or _SHOWN
+    if predicted.config.parallel.pipeline_parallel_size > 1 and not run.published:
+        shown = {**shown, "bubble_percent": None}
     for figure, published in shown.items():
         if figure == OUT_OF_MEMORY:
             value, low, high = _memory(predicted)

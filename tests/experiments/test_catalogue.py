@@ -15,7 +15,17 @@ TUTORIAL = Path(__file__).parents[2] / "benchmarks" / "published" / "tutorial_ex
 MOST_RANKS = 8
 
 
-@pytest.mark.parametrize("path", sorted(FOLDER.glob("*.toml")), ids=lambda path: path.stem)
+# Its pipelines of 64 ranks and 512 microbatches take half a minute to simulate.
+LONG = {"trillion"}
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        pytest.param(path, id=path.stem, marks=[pytest.mark.slow] if path.stem in LONG else [])
+        for path in sorted(FOLDER.glob("*.toml"))
+    ],
+)
 def test_every_table_has_runs_that_start_and_published_runs_that_are_predicted(path: Path) -> None:
     for each in read_table(path):
         assert each.entry.statements and each.entry.title and each.entry.why, each.entry.id
