@@ -17,7 +17,7 @@ PIP := $(BIN)/python -m pip install $(QUIET) --no-compile -c constraints.txt
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
-.PHONY: help setup train test wheels mutants lint types bench bench-context-parallel bench-end-to-end bench-experts bench-gpu bench-layers bench-models bench-node bench-overlap bench-pipeline bench-predicted bench-ring bench-save faults clean FORCE
+.PHONY: help setup train test wheels mutants lint types bench bench-context-parallel bench-end-to-end bench-experts bench-gpu bench-layers bench-models bench-node bench-overlap bench-pipeline bench-predicted bench-ring bench-save docs faults clean FORCE
 
 help:
 	@echo "make train   train a small GPT on 2 ranks ($(CONFIG))"
@@ -37,6 +37,7 @@ help:
 	@echo "make bench-ring      measure the overlap of a context-parallel ring on a slow link (root)"
 	@echo "make bench-save      measure how long training waits for a checkpoint"
 	@echo "make faults  inject faults into checkpoints, datasets and ranks, of ours and of others (docs/reliability.md)"
+	@echo "make docs    build the site into build/site (the outputs of its commands are of today)"
 	@echo "make setup   only install and build, with the tools of the tests"
 	@echo "make wheels  build the wheel for all Python versions into dist/ (FUSED_MEGATRON_CUDA=off: without CUDA kernels)"
 	@echo "make clean   remove .venv and everything built (runs/ stays)"
@@ -117,6 +118,11 @@ bench-ring: .venv/built .venv/developed
 
 bench-save: .venv/built .venv/developed
 	@$(BIN)/python benchmarks/background_save.py $(ARGS)
+
+# A link that leads nowhere, and a command of a page that fails, fail the build.
+docs: .venv/developed
+	@NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet $(ARGS)
+	@echo "build/site/index.html"
 
 # Root sees all of them: one needs a small disk, one two network namespaces.
 faults: .venv/built .venv/developed

@@ -21,7 +21,9 @@ FILES = [
     PurePosixPath(path.relative_to(ROOT))
     for path in [*ROOT.iterdir(), *(path for folder in FOLDERS for path in (ROOT / folder).rglob("*"))]
 ]
-DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+# docs/api is made of names that mkdocs looks up.
+PAGES = [path for path in sorted((ROOT / "docs").rglob("*.md")) if path.parent.name != "api"]
+DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *PAGES]
 
 # <op> and <family> stand for any name; text after a bracket or a star is part of the same name.
 FILE = re.compile(r"(?<![\w<>*./{}-])[\w<>*./-]+\.(?:py|md|h|cuh|cu|cpp|toml)\b")

@@ -1,0 +1,142 @@
+"""What the site adds to the pages: outputs of commands, links between pages, and a page of all error messages.
+
+mkdocs calls the functions on_*. A block that opens with ```run has a command in each line; on the site the output of
+today follows each command. A command that fails, fails the build; with "! " before it, the exit code must be 1.
+"| head -N" shows the first N lines.
+"""
+
+import ast
+import os
+import posixpath
+import re
+import shlex
+import subprocess
+import sys
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from mkdocs.structure.files import File
+
+ROOT = Path(__file__).resolve().parents[1]
+PACKAGE = ROOT / "fused_megatron"
+ERRORS = "errors.md"
+_RUN = re.compile(r"^```run\n(.*?)^```$", flags=re.MULTILINE | re.DOTALL)
+_PAGE = re.compile(r"`docs/([\w/]+\.md)`(?!\])")
+
+
+def on_files(files: Any, config: Any) -> Any:
+    """Add the page of error messages, and run the commands of all pages, as many at once as there are cores."""
+    pages = [file.content_string for file in files if file.src_uri.endswith(".md")]
+    lines = dict.fromkeys(line for page in pages for line in lines_of(page))
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        list(pool.map(output_of, lines))
+    files.append(File.generated(config, ERRORS, content=error_page()))
+    return files
+
+
+def on_page_markdown(markdown: str, page: Any, config: Any, files: Any) -> str:
+    """Run the commands of a page, and turn the names of pages into links."""
+    known = {file.src_uri for file in files}
+    here = posixpath.dirname(page.file.src_uri)
+
+    def link(match: re.Match[str]) -> str:
+        name = match[1]
+        return f"[{match[0]}]({posixpath.relpath(name, here or '.')})" if name in known else match[0]
+
+    return _PAGE.sub(link, with_outputs(markdown))
+
+
+def with_outputs(markdown: str) -> str:
+    """Return a page with the output below each command of its run blocks."""
+
+    def run(match: re.Match[str]) -> str:
+        lines = match[1].strip().splitlines()
+        shown = "\n".join(f"$ {line.removeprefix('! ')}\n{output_of(line)}" for line in lines)
+        return f"```console\n{shown}\n```"
+
+    return _RUN.sub(run, markdown)
+
+
+def lines_of(markdown: str) -> list[str]:
+    """Return the lines of the run blocks of a page."""
+    return [line for block in _RUN.findall(markdown) for line in block.strip().splitlines()]
+
+
+@cache
+def output_of(line: str) -> str:
+    """Run a line of a run block in the root of the source, and return the output that is shown.
+
+    Raises:
+        RuntimeError: it is no such line, or has another exit code.
+    """
+    match = re.fullmatch(r"(! )?fused-megatron ([^|]*)(?:\| head -(\d+))?", line)
+    if match is None:
+        raise RuntimeError(f"a run block has only lines such as `fused-megatron plan ... | head -9`, not {line!r}")
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "COLUMNS": "110", "NO_COLOR": "1", "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "fused_megatron", *shlex.split(match[2])]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    if done.returncode != (1 if match[1] else 0):
+        raise RuntimeError(f"{line}: exit code {done.returncode}: {done.stderr.strip() or done.stdout.strip()}")
+    lines = done.stdout.rstrip().splitlines()
+    most = int(match[3] or len(lines))
+    return "\n".join(lines if len(lines) <= most else [*lines[:most], "..."])
+
+
+def error_page() -> str:
+    """Return the page of the messages, in the order of their first words."""
+    lines = [
+        "# Error messages",
+        "",
+        "All errors that the package raises for its users, by their first words. `{..}` stands for a value. Most begin",
+        "with the name of an argument or a key of a config. Each message says what is wanted, and a way out.",
+        "",
+        "| message | raised in |",
+        "|---|---|",
+    ]
+    for message, place in sorted({each for each in messages() if len(each[0]) > 8}, key=lambda each: _first(each[0])):
+        shown = message.replace("|", "\\|").replace("`", "'").replace("\n", " ")
+        lines.append(f"| `{shown}` | `{place}` |")
+    return "\n".join(lines) + "\n"
+
+
+def messages() -> Iterator[tuple[str, str]]:
+    """Yield the message of each check and each error for users, with its file."""
+    for path in sorted(PACKAGE.rglob("*.py")):
+        place = path.relative_to(PACKAGE).as_posix()
+        if place.startswith(("kernels/", "testing/", "audit/", "benchmarking/")):
+            continue
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            text = _message(node)
+            if text:
+                yield text, place
+
+
+def _message(node: ast.AST) -> str | None:
+    """Return the message of a call check(condition, message) or SomeError(message); None for any other node."""
+    if not isinstance(node, ast.Call) or not isinstance(node.func, ast.Name):
+        return None
+    name = node.func.id
+    place = 1 if name == "check" else 0 if name.endswith(("InputError", "TrainingError", "CheckpointError")) else None
+    if place is None or len(node.args) <= place:
+        return None
+    return _text(node.args[place])
+
+
+def _text(node: ast.expr) -> str | None:
+    """Return a text, with {name} for each value in it; None if it is no text."""
+    if isinstance(node, ast.Constant) and isinstance(node.value, str):
+        return node.value
+    if isinstance(node, ast.JoinedStr):
+        return "".join(_text(part) or "" for part in node.values)
+    if isinstance(node, ast.FormattedValue):
+        value = node.value
+        return f"{{{ast.unparse(value)}}}" if isinstance(value, ast.Name | ast.Attribute) else "{..}"
+    return None
+
+
+def _first(message: str) -> str:
+    """Return a message without braces, for sorting."""
+    return re.sub(r"[{}.]", "", message).lower()

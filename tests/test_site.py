@@ -1,0 +1,86 @@
+"""Start here when a page is missing from the site, `make docs` fails, or an error message is not on its page."""
+
+import importlib.util
+import re
+import subprocess
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import yaml
+
+from fused_megatron.planning.verify.planted import word_of
+from fused_megatron.testing.planted_faults import FAULTS
+
+ROOT = Path(__file__).parents[1]
+DOCS = ROOT / "docs"
+PAGES = {path.relative_to(DOCS).as_posix(): path.read_text(encoding="utf-8") for path in DOCS.rglob("*.md")}
+SECTIONS = ("Why", "What", "How", "The code", "The experiment", "What goes wrong")
+
+
+@pytest.fixture(scope="module")
+def hooks() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("site_hooks", DOCS / "site_hooks.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def named_in(nav: object) -> list[str]:
+    """Return the files of a nav."""
+    if isinstance(nav, str):
+        return [nav]
+    values = nav.values() if isinstance(nav, dict) else nav
+    return [name for value in values for name in named_in(value)]  # type: ignore[union-attr]
+
+
+def test_every_page_is_in_the_menu_once(hooks: ModuleType) -> None:
+    named = named_in(yaml.safe_load((ROOT / "mkdocs.yml").read_text())["nav"])
+    assert sorted(named) == sorted([*PAGES, hooks.ERRORS])
+
+
+def test_a_concept_has_all_sections_and_its_faults_exist() -> None:
+    concepts = {name: text for name, text in PAGES.items() if name.startswith("concepts/")}
+    assert len(concepts) >= 8
+    known = {word_of(fault) for fault in FAULTS}
+    named = set()
+    for name, text in concepts.items():
+        assert [each for each in SECTIONS if f"\n**{each}.**" not in text] == [], name
+        wrong = text.split("**What goes wrong.**")[1]
+        named |= {word for word in re.findall(r"(\w+)`", wrong) if len(word.split("_")) > 2 and word.islower()}
+    assert len(named & known) >= 15 and named - known <= {"expert_load_max_over_mean"}
+
+
+def test_outputs_stand_below_their_commands(hooks: ModuleType) -> None:
+    line = "fused-megatron schedule simulate 1f1b --ranks 4 --microbatches 8"
+    page = hooks.with_outputs(f"a\n```run\n{line} | head -1\n{line.replace('8', '4')} | head -1\n```\nb\n")
+    shown = f"$ {line} | head -1\nmakespan 33, bubble 9 (27.3% of it)\n...\n$ {line.replace('8', '4')} | head -1\n"
+    assert page == f"a\n```console\n{shown}makespan 21, bubble 9 (42.9% of it)\n...\n```\nb\n"
+    for wrong, message in (("ls", "only lines such as"), (f"! {line}", "exit code 0"), ("fused-megatron x", "code 2")):
+        with pytest.raises(RuntimeError, match=message):
+            hooks.output_of(wrong)
+    lines = {line for text in PAGES.values() for line in hooks.lines_of(text)}
+    assert len(lines) > 15 and all(line.removeprefix("! ").startswith("fused-megatron ") for line in lines)
+
+
+def test_the_page_of_error_messages(hooks: ModuleType) -> None:
+    page = hooks.error_page()
+    assert page.count("\n| `") > 500
+    for start, place in (
+        ("gpus_per_node={gpus_per_node} must be at most", "planning/job_files/cluster_job.py"),
+        ("launch needs the number of ranks first", "training/launcher.py"),
+        ("{name}={value} must be 1 or more", "checks.py"),
+    ):
+        assert re.search(rf"\| `{re.escape(start)}[^\n]*\| `{place}` \|\n", page), start
+
+
+@pytest.mark.slow
+def test_the_site_builds(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", str(tmp_path / "site")]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    shown = (tmp_path / "site" / "which_parallelism.html").read_text()
+    assert "Of 84 layouts" in shown or "the others fell" in shown
+    assert 'href="planner.html"' in shown  # the name of a page has become a link
