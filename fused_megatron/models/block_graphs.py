@@ -10,6 +10,7 @@ from fused_megatron.checks import check
 from fused_megatron.collectives import group_size
 from fused_megatron.models.attention import Tables
 from fused_megatron.models.block import TransformerBlock
+from fused_megatron.models.residual_stream import OpenSum, closed
 from fused_megatron.models.stack import TransformerStack
 from fused_megatron.modules.auxiliary_loss import WithAuxiliaryLoss
 from fused_megatron.ops.attention import AttentionMask
@@ -97,11 +98,21 @@ class _Replay:
         self._block, self._plain, self._graphed, self._shape = block, plain, graphed, shape
 
     def __call__(
-        self, x: torch.Tensor, mask: AttentionMask, *, rotary: Tables | None = None, dropout: Any = None, **options: Any
-    ) -> torch.Tensor | WithAuxiliaryLoss:
-        """As TransformerBlock.forward."""
+        self,
+        x: torch.Tensor | OpenSum,
+        mask: AttentionMask,
+        *,
+        rotary: Tables | None = None,
+        dropout: Any = None,
+        may_leave_open: bool = False,
+        **options: Any,
+    ) -> torch.Tensor | OpenSum | WithAuxiliaryLoss:
+        """As TransformerBlock.forward; a graph takes and returns closed sums."""
         if not (self._block.training and torch.is_grad_enabled()):
-            return self._plain.plain_forward(x, mask, rotary=rotary, dropout=dropout, **options)
+            return self._plain.plain_forward(
+                x, mask, rotary=rotary, dropout=dropout, may_leave_open=may_leave_open, **options
+            )
+        x = closed(x)
         # `dropout` has no effect: the masks of a model that drops only after its embedding.
         captured = self._plain
         found = {"x.shape": tuple(x.shape), "mask": mask, "rotary": _shape_of(rotary), **options}

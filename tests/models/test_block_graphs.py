@@ -26,6 +26,7 @@ from fused_megatron.data_parallel.reduction import GradientBuckets
 from fused_megatron.models import GPT
 from fused_megatron.models.block_graphs import capture_blocks
 from fused_megatron.models.dropout import BatchSlice
+from fused_megatron.models.residual_stream import closed
 from fused_megatron.sharding import Replicas
 from fused_megatron.testing.recorded_graphs import HostInGraphError, recorded_graphs
 from fused_megatron.testing.run_on_ranks import run_cases_on_ranks
@@ -115,7 +116,7 @@ def test_another_call_than_the_captured_one_is_refused() -> None:
 def test_a_capture_that_reads_a_value_is_refused() -> None:
     """The stand-in is as strict as a GPU."""
     model = GPT(GPTConfig(**SMALL))
-    model.blocks["1"].mlp_norm.register_forward_hook(lambda _, __, y: y * float(y.sum() > 0))
+    model.blocks["1"].attention.register_forward_pre_hook(lambda _, x: (x[0] * float(x[0].sum() > 0), *x[1:]))
     with recorded_graphs(), pytest.raises(HostInGraphError, match="_local_scalar_dense while a graph is captured"):
         capture_blocks(model, 3, torch.cuda.make_graphed_callables)
 
@@ -154,7 +155,8 @@ def trace_of(model: GPT, first_sample: int, device: str) -> list[str]:
     forward = block.forward
 
     def traced(*arguments: Any, **options: Any) -> Any:
-        x = arguments[0].detach().requires_grad_()
+        x = closed(arguments[0]).detach().requires_grad_()
+        options["may_leave_open"] = False
         with trace:
             y = forward(x, *arguments[1:], **options)
             y.backward(torch.zeros_like(y))
