@@ -216,7 +216,7 @@ def trained_by_the_clock(rank: int, world_size: int, config: TrainConfig) -> dic
 
 
 def test_metrics_that_are_read_late_are_the_same(tokens: Path, tmp_path: Path) -> None:
-    """Also across an evaluation and a checkpoint, before which all steps are finished; with the same weights and times."""
+    """Also across an evaluation and a checkpoint, before which all steps are finished; the same weights and times."""
     runs = {}
     for late in (False, True):
         changes = {"read_metrics_late": late, "eval_interval": 3, "checkpoint_interval": 4}
