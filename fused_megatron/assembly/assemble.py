@@ -177,9 +177,12 @@ class Assembly:
     ) -> None:
         """Update the weights from the gradients times gradient_scale; the arguments are as in Optimizer.step.
 
-        Where each replica updates some rows, the others arrive under the next forward (WeightGather).
+        With `refused`, which the device reads, the same pass sets the gradients to 0 if it reaches all of them. Where
+        each replica updates some rows, the others arrive under the next forward (WeightGather).
         """
-        self.optimizer.step(lr, gradient_scale, refused)
+        zeroes = refused is not None and self.gradients.has_own_only
+        self.optimizer.step(lr, gradient_scale, refused, zeroes_gradients=zeroes)
+        self.gradients.were_zeroed = zeroes
         self.weights.start()
 
 

@@ -39,7 +39,11 @@ class StepUnderWay:
             Any error that judge raises.
         """
         sums = self.sums.read()
-        judge(sums)
+        try:
+            judge(sums)
+        except BaseException:
+            self.assembly.gradients.were_zeroed = False  # the device has refused the update, and so kept them
+            raise
         if not self.assembly.optimizer.refuses_on_device:
             self.before_update()
             scale = clip_coefficient(sums.gradient_norm, self.assembly.config.optimizer.clip_norm)
@@ -86,7 +90,7 @@ def begin_step(
     Communication: as Assembly.accumulate_batch and update; one all-reduce of 8 bytes a number over all ranks, the
         loads of the experts included (E + 3 numbers a block with experts).
     """
-    assembly.gradients.zero_()
+    assembly.gradients.begin()
     assembly.expert_loads.zero_()
     loss_sum = assembly.accumulate_batch(read_batch(), step, gradient_divisor(num_targets))
     sums = start_sums(assembly, loss_sum, flags(), num_refusing, group)

@@ -21,6 +21,7 @@ class Bucket(Protocol):
         missing: for each parameter, number of backwards that must still run before the bucket may be sent.
         is_packed: whether the bucket is sent from a packed copy.
         is_sent: whether start_sum() communicates.
+        is_own: whether own() of all parameters is all that the bucket holds.
     """
 
     parameters: tuple[nn.Parameter, ...]
@@ -29,6 +30,9 @@ class Bucket(Protocol):
 
     @property
     def is_packed(self) -> bool: ...
+
+    @property
+    def is_own(self) -> bool: ...
 
     def total(self, parameter: nn.Parameter) -> torch.Tensor:
         """Return the tensor, in the shape of the parameter, to which backward adds the gradient."""
@@ -73,6 +77,10 @@ class WholeBucket:
     def is_packed(self) -> bool:
         return self._blocks is not None
 
+    @property
+    def is_own(self) -> bool:
+        return self._blocks is None
+
     def total(self, parameter: nn.Parameter) -> torch.Tensor:
         return self.views[parameter]
 
@@ -115,7 +123,7 @@ class ShardedBucket:
         while they are packed and sent.
     """
 
-    is_packed = True
+    is_packed = is_own = True
 
     def __init__(self, layout: BucketLayout, replicas: ReplicaSet) -> None:
         assert replicas.rows.num_shards == group_size(replicas.shard_group)

@@ -73,22 +73,31 @@ class Optimizer:
 
     @property
     def refuses_on_device(self) -> bool:
-        """Whether step() takes `refused`: every rule then reads it where it updates."""
+        """Whether step() takes `refused` and `zeroes_gradients`: every rule reads them."""
         return all(group.rule.refuses_on_device for group in self._groups)
 
-    def step(self, lr: float, gradient_scale: float | torch.Tensor = 1.0, refused: torch.Tensor | None = None) -> None:
+    def step(
+        self,
+        lr: float,
+        gradient_scale: float | torch.Tensor = 1.0,
+        refused: torch.Tensor | None = None,
+        *,
+        zeroes_gradients: bool = False,
+    ) -> None:
         """Update the parameters once.
 
         Args:
             lr: learning rate.
             gradient_scale: factor of the gradients (a clip coefficient): a number, or a float32 tensor of one element
                 that the host has not read.
-            refused: bool tensor of one element; if it is True on the device, weights and state stay as they are. It
-                must be None unless refuses_on_device.
+            refused: bool tensor of one element; if it is True on the device, weights, state and gradients stay as they
+                are. It must be None unless refuses_on_device.
+            zeroes_gradients: set the gradients to 0 in the same pass; only with refuses_on_device.
         """
-        assert refused is None or self.refuses_on_device
+        assert (refused is None and not zeroes_gradients) or self.refuses_on_device
         self._num_updates += 1
-        wait_for(OPTIMIZER, lambda: self._update(UpdateStep(self._num_updates, lr, gradient_scale, refused)))
+        step = UpdateStep(self._num_updates, lr, gradient_scale, refused, zeroes_gradients)
+        wait_for(OPTIMIZER, lambda: self._update(step))
 
     def _update(self, step: UpdateStep) -> None:
         for group in self._groups:

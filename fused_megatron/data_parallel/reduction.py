@@ -53,6 +53,9 @@ class GradientBuckets:
         a rank's rows over the ranks that own the same rows. One all-reduce a step of 4 bytes an element of the
         gradients that tensor-parallel ranks make by parts, in this rank's rows. The loss is divided before backward, by
         the targets of all ranks (gradient_division.py).
+    Attributes:
+        were_zeroed: whether an update has set the gradients to 0, and no backward has run since.
+
     Memory: 4 bytes for each element of the parameters, and two more buckets while they are sent. Sharded: 4 bytes for
         each element of a rank's rows, the gradients that wait for their bucket to be full, and two buckets.
     """
@@ -81,6 +84,7 @@ class GradientBuckets:
         self._buckets = {p: bucket for queue in self._queues for bucket in queue.buckets for p in bucket.parameters}
         self._own = {p: bucket.own(p) for p, bucket in self._buckets.items()}
         self._parts: dict[nn.Parameter, dist.ProcessGroup] = {}  # the ranks that make a gradient by parts
+        self.were_zeroed = False
         self._accumulators = []  # these references keep autograd's nodes and their hooks alive
         for queue in self._queues:
             for each in queue.buckets:
@@ -117,6 +121,18 @@ class GradientBuckets:
             queue.begin()
             for bucket in queue.buckets:
                 bucket.zero_()
+
+    def begin(self) -> None:
+        """Begin a step as zero_(), without a pass over the gradients if the update before has set them to 0."""
+        if not self.were_zeroed:
+            self.zero_()
+        for queue in self._queues:
+            queue.begin()
+
+    @property
+    def has_own_only(self) -> bool:
+        """Whether the rows that this rank owns are all that the buckets hold: an update can set all gradients to 0."""
+        return all(bucket.is_own for queue in self._queues for bucket in queue.buckets)
 
     def reduce_after_backwards(self, count: int) -> None:
         """Announce how many backwards of each stage remain in this step; the last one sends buckets as they fill up.
@@ -181,6 +197,7 @@ class GradientBuckets:
         return self._buckets[parameter].total(parameter)
 
     def _accumulated(self, parameter: nn.Parameter, queue: "_Queue", bucket: Bucket) -> None:
+        self.were_zeroed = False
         standing = self._standing_grad(parameter)
         if parameter.grad is not standing or standing is None:
             if parameter.grad is not None:  # low precision, sharded, or a caller that set .grad to None

@@ -43,12 +43,14 @@ class UpdateStep(NamedTuple):
         lr: learning rate.
         gradient_scale: factor of the gradients: a number, or a float32 tensor of one element on their device.
         refused: bool tensor of one element on the device; if it is True, nothing changes. None: it is False.
+        zeroes_gradients: whether the gradients become 0 in the same pass.
     """
 
     number: int
     lr: float
     gradient_scale: float | torch.Tensor
     refused: torch.Tensor | None = None
+    zeroes_gradients: bool = False
 
 
 class UpdateRule(Protocol):
@@ -57,7 +59,8 @@ class UpdateRule(Protocol):
     Attributes:
         state_names: names of the float32 state tensors that each parameter has, in its shape.
         elementwise: whether the update of an element depends only on this element, so that a group may be cut.
-        refuses_on_device: whether the rule reads UpdateStep.refused; otherwise it must be None.
+        refuses_on_device: whether the rule reads UpdateStep.refused and zeroes_gradients, which otherwise must be None
+            and False.
     """
 
     state_names: tuple[str, ...]
@@ -65,7 +68,7 @@ class UpdateRule(Protocol):
     refuses_on_device: bool
 
     def update(self, group: ParameterGroup, step: UpdateStep) -> None:
-        """Update weights and state of a group in place; gradients stay as they are."""
+        """Update weights and state of a group in place."""
 
 
 class AdamW:
@@ -95,6 +98,7 @@ class AdamW:
             weight_decay=group.weight_decay,
             gradient_scale=step.gradient_scale,
             skip=step.refused,
+            zero_gradient=step.zeroes_gradients,
         )
 
 

@@ -29,8 +29,8 @@ def capture_blocks(stack: TransformerStack, microbatch_size: int, capture: Captu
     to the same main_grad as without graphs. In evaluation, and without gradients, blocks run as before.
 
     All tensor-parallel ranks must call this together, after the gradients have their memory (GradientBuckets) and
-    before the weights are used. It leaves numbers in the gradients, which must be set to 0 before the first backward, as
-    each training step does.
+    before the weights are used. It leaves numbers in the gradients: set them to 0 before the first backward, as each
+    training step does.
 
     Args:
         stack: a whole model; its parameters are on a GPU.
@@ -52,7 +52,7 @@ def capture_blocks(stack: TransformerStack, microbatch_size: int, capture: Captu
     )
     if capture is None:
         check_graph_device(weight.device)
-        capture = torch.cuda.make_graphed_callables
+    make_graphs: Any = capture or torch.cuda.make_graphed_callables
     rows = config.seq_len // (group_size(stack.tp_group) if stack.sequence_parallel else 1)
     shape = (rows, microbatch_size, config.hidden_size)
     # The tables of all microbatches are the same: the graphs keep and read these.
@@ -63,7 +63,7 @@ def capture_blocks(stack: TransformerStack, microbatch_size: int, capture: Captu
     plain = tuple(_BlockOfTensors(block, mask, tables) for block in blocks)
     samples = [torch.zeros(shape, dtype=weight.dtype, device=weight.device, requires_grad=True) for _ in plain]
     # allow_unused_input: linear layers add their weight gradients to main_grad, and return none.
-    graphed = capture(plain, tuple((x,) for x in samples), allow_unused_input=True)
+    graphed = make_graphs(plain, tuple((x,) for x in samples), allow_unused_input=True)
     for block, before, after in zip(blocks, plain, graphed, strict=True):
         block.forward = _Replay(block, before, after, shape)  # type: ignore[method-assign]
 

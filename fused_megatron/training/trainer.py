@@ -74,12 +74,14 @@ class _Begun:
         number: its number, from 1 on.
         started: as time.perf_counter.
         num_targets: its targets, over all data-parallel ranks and microbatches.
+        ended: when the device was through, if the host knows it already: on a CPU.
     """
 
     under_way: StepUnderWay
     number: int
     started: float
     num_targets: int
+    ended: float | None
 
 
 class Trainer:
@@ -326,12 +328,13 @@ class Trainer:
         )
         self.progress.step += 1
         self.progress.samples_consumed += training.global_batch_size
-        return _Begun(under_way, self.progress.step, started, rows.num_targets)
+        ended = time.perf_counter() if training.read_metrics_late and self.device.type == "cpu" else None
+        return _Begun(under_way, self.progress.step, started, rows.num_targets, ended)
 
     def _finish_step(self, begun: _Begun) -> str | None:
         """Read the sums of a step and log it; return the reason to stop."""
         sums = begun.under_way.finish(lambda sums: self._judge(begun, sums))
-        ended = time.perf_counter()
+        ended = time.perf_counter() if begun.ended is None else begun.ended
         seconds, self._last_end = ended - max(begun.started, self._last_end), ended
         compared = {} if self._beside is None else self._beside.end_step(seconds)
         _, _, *counts = sums.flags

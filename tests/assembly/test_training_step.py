@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from fused_megatron.assembly.assemble import Assembly, assemble
 from fused_megatron.assembly.build import build_mesh, build_stages
 from fused_megatron.assembly.pipeline_plan import plan_pipeline
-from fused_megatron.assembly.step_sums import StepSums, sum_over_ranks
+from fused_megatron.assembly.step_sums import StepSums, start_sums, sum_over_ranks
 from fused_megatron.assembly.training_step import StepUnderWay, begin_step
 from fused_megatron.config import DataConfig, GPTConfig, OptimizerConfig, ParallelConfig, TrainConfig, TrainingConfig
 from fused_megatron.data.batch import Batch
@@ -241,3 +241,51 @@ def test_rounding_of_state_makes_no_tensor_from_a_list() -> None:
     with Made():
         rounding.store("a", 1, [torch.rand(3, 5)], [narrow])
     assert not made and narrow.any()
+
+
+class Kernels(TorchDispatchMode):
+    """Names of the ops that are no views, in their order."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.names.extend([] if func.is_view else [func._schema.name])
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_the_update_is_one_pass_after_the_norm(dtype: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One op reads all gradients; one op a group clips, updates, rounds and zeroes: as many in a deeper model."""
+    found = []
+    for num_layers in (1, 5):
+        config = config_of({"num_layers": num_layers}, training={"dtype": dtype})
+        assembly = assembled(config)
+        run_step(assembly, batch_of(config))  # it has set the gradients to 0
+        assembly.gradients.begin()
+        loss_sum = assembly.accumulate_batch(batch_of(config, 1), 1, 32)
+        with Kernels() as kernels:
+            sums = start_sums(assembly, loss_sum, [0.0] * 3, 2, None)
+            assembly.update(1e-2, sums.gradient_scale(1.0), sums.refused)
+            sums.read()
+            assembly.gradients.begin()
+        found.append(kernels.names)
+    assert found[0] == found[1]
+    assert found[0].count("fused_megatron::sum_of_squares") == 1
+    assert found[0].count("fused_megatron::adamw_") == 2  # with and without weight decay
+    assert len(found[0]) < 35, "the other ops read a few numbers each"
+
+
+@pytest.mark.parametrize("stage", [0, 2])
+def test_the_update_sets_the_gradients_to_0(stage: int) -> None:
+    """A step begins without a pass over them, unless a backward has run since."""
+    config = config_of(training={"dtype": "bfloat16"}, zero_stage=stage)
+    assembly = assembled(config)
+    run_step(assembly, batch_of(config))
+    assert assembly.gradients.were_zeroed
+    assert not any(gradient.any() for gradient in assembly.gradients.by_name(assembly.parameters).values())
+    assembly.accumulate_batch(batch_of(config, 1), 1, 32)
+    assert not assembly.gradients.were_zeroed
+    assembly.gradients.begin()
+    assert not any(gradient.any() for gradient in assembly.gradients.by_name(assembly.parameters).values())

@@ -116,7 +116,7 @@ MUTATIONS = (
         "self.progress.samples_consumed += training.microbatch_size",
         (*_PLAIN, f"{_KEYS}[training.global_batch_size]"),
     ),
-    Mutation("gradients are not zeroed", _STEP, "    assembly.gradients.zero_()\n", "", _PLAIN),
+    Mutation("gradients are not zeroed", _STEP, "    assembly.gradients.begin()\n", "", _PLAIN),
     Mutation(
         "gradients are not clipped",
         _STEP,

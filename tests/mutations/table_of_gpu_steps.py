@@ -97,4 +97,25 @@ MUTATIONS = (
         "if False:",
         (f"{_GRAPH_TESTS}::test_evaluation_runs_the_block_itself",),
     ),
+    (
+        "gradients of a refused update count as zeroed",
+        "fused_megatron/assembly/training_step.py",
+        "self.assembly.gradients.were_zeroed = False",
+        "pass",
+        (f"{_STEP_TESTS}::test_a_refused_step_changes_nothing",),
+    ),
+    (
+        "gradients of other rows count as zeroed",
+        "fused_megatron/assembly/assemble.py",
+        "zeroes = refused is not None and self.gradients.has_own_only",
+        "zeroes = refused is not None",
+        ("tests/training/test_trainer.py::test_five_steps_are_those_of_a_plain_loop[2]",),
+    ),
+    (
+        "gradients of a backward after the update count as zeroed",
+        "fused_megatron/data_parallel/reduction.py",
+        "        self.were_zeroed = False\n        standing",
+        "        standing",
+        (f"{_STEP_TESTS}::test_the_update_sets_the_gradients_to_0",),
+    ),
 )

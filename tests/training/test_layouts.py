@@ -249,11 +249,13 @@ def replicated_weights(rank: int, world_size: int, config: TrainConfig) -> dict[
     from fused_megatron.training import train as training  # noqa: PLC0415
 
     kept: dict[str, torch.Tensor] = {}
+    gradients: dict[torch.nn.Parameter, torch.Tensor] = {}
     conclude, start_sums = training._conclude, training_step.start_sums
 
     def keep_loss(assembly: Any, loss_sum: torch.Tensor, *rest: Any) -> Any:
         step = sum(name.startswith("loss ") for name in kept)
         kept[f"loss {assembly.mesh.dp_rank} {step}"] = loss_sum.clone()
+        gradients.update((p, assembly.gradients[p].clone()) for p in assembly.parameters.values())  # before the update
         return start_sums(assembly, loss_sum, *rest)
 
     def keep(trainer: Any, *rest: Any) -> None:
@@ -263,7 +265,7 @@ def replicated_weights(rank: int, world_size: int, config: TrainConfig) -> dict[
                 value = part.of(parameter.detach())[real]
                 if value.shape == part.shard.full_shape:  # a whole tensor, or a key-value head that every rank holds
                     kept[part.full_name(name)] = value.clone()
-                    kept[f"grad {part.full_name(name)}"] = part.of(trainer.gradients[parameter])[real].clone()
+                    kept[f"grad {part.full_name(name)}"] = part.of(gradients[parameter])[real].clone()
         conclude(trainer, *rest)
 
     training._conclude, training_step.start_sums = keep, keep_loss
