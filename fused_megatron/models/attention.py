@@ -16,7 +16,6 @@ from fused_megatron.models.all_heads_norm import AllHeadsRMSNorm, normalise_all_
 from fused_megatron.models.dropout import DropoutMasks
 from fused_megatron.models.key_value_cache import BlockCache
 from fused_megatron.ops.attention import AttentionMask, attend
-from fused_megatron.ops.attention_operands import TileDropout
 from fused_megatron.ops.rotary_query_key_value import rotary_query_key_value, split_query_key_value
 from fused_megatron.ops.visible_pairs import PairTile
 from fused_megatron.sharding import SequencePartition, used_by_parts
@@ -227,7 +226,7 @@ class ParallelSelfAttention(nn.Module):
         partition: SequencePartition | None,
     ) -> torch.Tensor:
         """Return the context [S, B, N D / R] of query, key and value, [S, B, heads of this rank, D] each."""
-        drop: TileDropout | None = None
+        drop = None
         if dropout is not None and self.attention_dropout > 0.0:
             if self.drops_in_kernel:
                 in_kernel = dropout.in_kernel(0, self.attention_dropout, self.first_head)

@@ -107,11 +107,11 @@ class TransformerBlock(nn.Module):
         """
         result: torch.Tensor | OpenSum
         if self.post_norm:
-            x = closed(x)
-            attended = self.attention(x, mask, rotary=rotary, dropout=dropout, partition=partition, cache=cache)
-            x = self.attention_norm(self._add(1, attended, x, dropout))
-            fed = self._feed_forward(x, dropout, partition)
-            result = self.mlp_norm(self._add(2, fed.output, x, dropout))
+            stream = closed(x)
+            attended = self.attention(stream, mask, rotary=rotary, dropout=dropout, partition=partition, cache=cache)
+            stream = self.attention_norm(self._add(1, attended, stream, dropout))
+            fed = self._feed_forward(stream, dropout, partition)
+            result = self.mlp_norm(self._add(2, fed.output, stream, dropout))
         else:
             normed, stream = norm_and_stream(self.attention_norm, x)
             attended = self.attention(normed, mask, rotary=rotary, dropout=dropout, partition=partition, cache=cache)

@@ -162,14 +162,14 @@ def attend(
     _check_shapes(query, key, value, mask)
     seq_len, batch = query.shape[:2]
     windowed = mask.window is not None and mask.window < seq_len
-    in_kernel = isinstance(dropout, KernelDropout)
-    if in_kernel and (mask.documents is not None or windowed or _hides_dense(mask)):
+    of_tiles = None if isinstance(dropout, KernelDropout) else dropout
+    if isinstance(dropout, KernelDropout) and (mask.documents is not None or windowed or _hides_dense(mask)):
         raise InputError(
             "attention dropout inside the kernel must come without window, documents and causal padding "
             "(attention_dropout_kernel='exact' has them)"
         )
     if mask.documents is not None or (dropout is None and (windowed or _hides_dense(mask))):
-        return _by_tiles(query, key, value, mask, scale, dropout)[0]
+        return _by_tiles(query, key, value, mask, scale, of_tiles)[0]
     shared = query.shape[2] // key.shape[2]
     query, key, value = (t.permute(1, 2, 0, 3) for t in (query, key, value))
     hidden = None if mask.key_padding_mask is None else mask.key_padding_mask[:, None, None, :]

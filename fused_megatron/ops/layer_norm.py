@@ -161,6 +161,17 @@ def layer_norm(
     zero_centered_weight: bool = False,
     return_total: Literal[True],
 ) -> tuple[torch.Tensor, torch.Tensor]: ...
+@overload
+def layer_norm(
+    x: torch.Tensor,
+    weight: torch.Tensor | None = None,
+    bias: torch.Tensor | None = None,
+    eps: float = 1e-5,
+    *,
+    residual: torch.Tensor | None,
+    zero_centered_weight: bool = False,
+    return_total: bool,
+) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]: ...
 def layer_norm(
     x: torch.Tensor,
     weight: torch.Tensor | None = None,
@@ -215,8 +226,8 @@ def layer_norm(
     Paper: Ba, Kiros and Hinton, Layer Normalization, arXiv:1607.06450.
     """
     if needs_reference(x, weight, bias, residual):
-        y = reference.layer_norm(x, weight, bias, eps, residual, zero_centered_weight)
-        return (y, x) if return_total and residual is None else y
+        found: Any = reference.layer_norm(x, weight, bias, eps, residual, zero_centered_weight)
+        return (found, x) if return_total and residual is None else found
     if is_differentiated():
         return _LayerNorm.apply(x, weight, bias, eps, residual, zero_centered_weight, return_total)
     y, _, _, total = _forward(x, weight, bias, eps, residual, zero_centered_weight)

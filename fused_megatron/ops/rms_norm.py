@@ -145,6 +145,16 @@ def rms_norm(
     zero_centered_weight: bool = False,
     return_total: Literal[True],
 ) -> tuple[torch.Tensor, torch.Tensor]: ...
+@overload
+def rms_norm(
+    x: torch.Tensor,
+    weight: torch.Tensor | None = None,
+    eps: float | None = None,
+    *,
+    residual: torch.Tensor | None,
+    zero_centered_weight: bool = False,
+    return_total: bool,
+) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]: ...
 def rms_norm(
     x: torch.Tensor,
     weight: torch.Tensor | None = None,
@@ -201,8 +211,8 @@ def rms_norm(
     if eps is None:
         eps = torch.finfo(torch.float64 if x.dtype == torch.float64 else torch.float32).eps
     if by_reference:
-        y = reference.rms_norm(x, weight, eps, residual, zero_centered_weight)
-        return (y, x) if return_total and residual is None else y
+        found: Any = reference.rms_norm(x, weight, eps, residual, zero_centered_weight)
+        return (found, x) if return_total and residual is None else found
     if is_differentiated():
         return _RMSNorm.apply(x, weight, eps, residual, zero_centered_weight, return_total)
     y, _, total = _forward(x, weight, eps, residual, zero_centered_weight)

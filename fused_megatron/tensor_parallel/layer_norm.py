@@ -56,7 +56,8 @@ class SequenceParallelLayerNorm(modules.LayerNorm):
         """
         if input.shape[-1:] != self.normalized_shape:
             raise InputError(f"input.shape={tuple(input.shape)} must end in hidden_size={self.normalized_shape[0]}")
-        weight, bias = self.weight, self.bias
+        weight: torch.Tensor = self.weight
+        bias: torch.Tensor | None = self.bias
         if self.sequence_parallel:
             weight, *biases = used_by_parts(tuple(p for p in (weight, bias) if p is not None), self.tp_group)
             bias = biases[0] if biases else None

@@ -54,7 +54,7 @@ class SequenceParallelRMSNorm(modules.RMSNorm):
         """
         if x.shape[-1:] != self.normalized_shape:
             raise InputError(f"x.shape={tuple(x.shape)} must end in hidden_size={self.normalized_shape[0]}")
-        weight = self.weight
+        weight: torch.Tensor = self.weight
         if self.sequence_parallel:
             (weight,) = used_by_parts((weight,), self.tp_group)
         return ops.rms_norm(x, weight, self.eps, residual=residual, return_total=return_total)
