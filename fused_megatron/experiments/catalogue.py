@@ -28,12 +28,16 @@ class Layout(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     Attributes:
         model, parallel, training: keys of the sections of a config.
         microbatches: microbatches of a rank in a step; the global batch follows from it.
+        planned_ranks: the planner chooses the layout for this number of ranks and the same global batch.
+        planned_memory_gb: memory of a rank for the planner, of tensors only; None: the GPUs of the scale's machine.
     """
 
     model: Values = {}
     parallel: Values = {}
     training: Values = {}
     microbatches: int = 1
+    planned_ranks: int | None = None
+    planned_memory_gb: float | None = None
 
 
 class Case(Layout, frozen=True, forbid_unknown_fields=True):
@@ -113,7 +117,7 @@ class Scale(Layout, frozen=True, forbid_unknown_fields=True):
     """The config that the runs of a table share.
 
     Attributes:
-        machine: name of a shipped cluster; of the paper scale only.
+        machine: name of a shipped cluster, of the published runs and of the planner.
         engine: the program that ran the published steps.
         gb_bytes: bytes of the published GB.
         dropout: of the published runs. Its masks take memory; the predicted time leaves it out.
@@ -181,7 +185,13 @@ def layout_config(scale: Scale, layout: Layout, source: str) -> TrainConfig:
     replicas = parallel["data_parallel_size"]
     training["global_batch_size"] = replicas * training["microbatch_size"] * layout.microbatches
     table = {"model": {**scale.model, **layout.model}, "parallel": parallel, "training": training}
-    return config_from(table, (), source)
+    config = config_from(table, (), source)
+    if layout.planned_ranks is None:
+        return config
+    # The planner is not needed for a list of the experiments.
+    from fused_megatron.experiments.planned_layout import planned_config  # noqa: PLC0415
+
+    return planned_config(config, layout.planned_ranks, scale.machine, layout.planned_memory_gb)
 
 
 def with_dropout(config: TrainConfig, dropout: float) -> TrainConfig:

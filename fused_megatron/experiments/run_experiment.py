@@ -13,6 +13,7 @@ from fused_megatron.experiments.formulas import sizes_of_run
 from fused_megatron.experiments.measured_rank import Measured, largest_of, measure_rank
 from fused_megatron.experiments.paper_scale import layout_text, published_figures
 from fused_megatron.experiments.trend_checks import judge
+from fused_megatron.planning.rank_memory import rank_memory
 from fused_megatron.testing import run_cases_on_ranks
 
 LIMIT_S = 300.0
@@ -34,7 +35,7 @@ def run_experiment(experiment: Experiment, say: Callable[[str], None] = lambda l
     entry = experiment.entry
     configs = {name: experiment.config(name) for name in entry.cases}
     measured = _measure(experiment, configs, say)
-    sizes = {name: sizes_of_run(config) for name, config in configs.items()}
+    sizes = {name: _names(config, experiment.cases[name]) for name, config in configs.items()}
     statements = [judge(statement, sizes, measured) for statement in entry.statements]
     runs = [
         MeasuredRun(name, layout_text(config), config.parallel.num_ranks, measured[name])
@@ -69,6 +70,11 @@ def _measure(
         results = run_cases_on_ranks(measure_rank, world_size, cases, timeout_s=LIMIT_S)
         found |= {name: largest_of(ranks) for name, ranks in zip(names, results, strict=True)}
     return {name: found[name] for name in configs}
+
+
+def _names(config: TrainConfig, case: Case) -> dict[str, float]:
+    """Return the names of formulas: the sizes of a run, and planned_bytes, the planner's peak of the fullest rank."""
+    return sizes_of_run(config) | ({} if case.sleeps else {"planned_bytes": rank_memory(config).total})
 
 
 def _sleep_ms(case: Case) -> tuple[float, float] | None:

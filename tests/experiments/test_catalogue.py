@@ -15,8 +15,8 @@ TUTORIAL = Path(__file__).parents[2] / "benchmarks" / "published" / "tutorial_ex
 MOST_RANKS = 8
 
 
-# Its pipelines of 64 ranks and 512 microbatches take half a minute to simulate.
-LONG = {"trillion"}
+# Pipelines of 64 ranks and 512 microbatches, and a search of layouts of 768 GPUs, take a quarter of a minute.
+LONG = {"trillion", "planner"}
 
 
 @pytest.mark.parametrize(
@@ -32,7 +32,7 @@ def test_every_table_has_runs_that_start_and_published_runs_that_are_predicted(p
         for name, case in each.cases.items():
             config = each.config(name)
             assert config.parallel.num_ranks <= MOST_RANKS, name
-            names = {**sizes_of_run(config), "parameters": 1.0}
+            names = {**sizes_of_run(config), "parameters": 1.0, "planned_bytes": 1.0}
             for statement in each.entry.statements if not case.sleeps else ():
                 if statement.kind != "order" and name in (statement.cases or each.entry.cases):
                     evaluate(statement.formula, names)

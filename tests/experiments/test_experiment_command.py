@@ -23,6 +23,8 @@ def test_list_and_show_start_no_ranks(capsys: pytest.CaptureFixture[str]) -> Non
     assert experiment("list") == 0
     listed = capsys.readouterr().out
     assert all(f"| {number} | " in listed for number in all_experiments())
+    page = (Path(__file__).parents[2] / "docs" / "experiments.md").read_text(encoding="utf-8")
+    assert listed.strip() in page, "write the output of `fused-megatron experiment list` into docs/experiments.md"
     assert experiment("show", "110") == 0
     shown = capsys.readouterr().out
     for text in ("State falls as 6 + 12/d", "(6 + 12 / dp) * parameters", "dp8_zero1", "| R8 |", "| 74.9 |"):
