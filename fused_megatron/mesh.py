@@ -329,7 +329,8 @@ def init_mesh(
         InputError: the product of the sizes is not the world size; experts cannot be folded over the ranks of a stage;
             several ranks have no process group.
 
-    Communication: creates the groups, so that all ranks must call at once; nothing later.
+    Communication: creates the groups, so that all ranks must call at once; nothing later. If the process group is bound
+        to a GPU (device_id of init_process_group), one collective for each axis; else one rendezvous for each group.
     """
     named = {
         "tensor_parallel_size": tensor_parallel_size,

@@ -2,12 +2,12 @@
 
 import time
 import warnings
-from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch.nn.attention import SDPBackend
+import torch.nn.functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from fused_megatron.checks import first_line
 from fused_megatron.config import TrainConfig
@@ -20,12 +20,6 @@ ALL_REDUCE_BYTES = 64 << 20
 """Message of the trial of two ranks: large enough that its time is that of its bytes."""
 _REPEATS = 5
 _TWO_RANKS_S = 60.0
-# Whether torch's backend can run a call, with its reasons as warnings. Math runs any call.
-_CAN_USE: dict[str, Callable[..., bool]] = {
-    "FLASH_ATTENTION": torch.backends.cuda.can_use_flash_attention,
-    "EFFICIENT_ATTENTION": torch.backends.cuda.can_use_efficient_attention,
-    "CUDNN_ATTENTION": torch.backends.cuda.can_use_cudnn_attention,
-}
 
 
 def try_gpus(num_gpus: int, config: TrainConfig | None = None) -> GpuTrials:
@@ -65,8 +59,11 @@ def attention_backends(device: torch.device, config: TrainConfig | None = None) 
         shapes = [(dtype, model.num_heads // ranks, max(1, model.kv_heads // ranks), model.head_size)]
     found = []
     for dtype, heads, kv_heads, size in shapes:
-        query = torch.empty(1, heads, 256, size, dtype=dtype, device=device)
-        key = torch.empty(1, kv_heads, 256, size, dtype=dtype, device=device)
+        # As in training: with gradients, and [S, B, N, D] in memory.
+        query, key = (
+            torch.zeros(256, 1, each, size, dtype=dtype, device=device, requires_grad=True).permute(1, 2, 0, 3)
+            for each in (heads, kv_heads)
+        )
         backend, reason = sdpa_backend(query, key, causal=True)
         name = str(dtype).removeprefix("torch.")
         found.append(AttentionKernel(f"{name}, {heads} heads, {kv_heads} of keys, head_dim {size}", backend, reason))
@@ -86,21 +83,25 @@ def sdpa_backend(query: torch.Tensor, key: torch.Tensor, *, causal: bool) -> tup
     """
     shared = query.shape[1] != key.shape[1]
     choice: int = torch._fused_sdp_choice(query, key, key, None, 0.0, causal, enable_gqa=shared)
-    name = SDPBackend(choice).name
-    order = [SDPBackend(each).name for each in torch._C._get_sdp_priority_order()]  # of this GPU, by torch
-    before = order[: order.index(name)] if name in order else []
-    call = torch.backends.cuda.SDPAParams(query, key, key, None, 0.0, causal, shared)
-    refused = []
-    for other in before:
-        can_use = _CAN_USE.get(other)
-        if can_use is None:
-            continue
-        with warnings.catch_warnings(record=True) as caught:
-            warnings.simplefilter("always")
-            can_use(call, debug=True)
-        said = [str(warning.message).split(" (Triggered")[0].strip() for warning in caught]
-        refused.append(f"not {other}: {' '.join(said)[:160] or 'torch gives no reason'}")
-    return name, "; ".join(refused) or "torch's first choice"
+    chosen = SDPBackend(choice)
+    order = [SDPBackend(each) for each in torch._C._get_sdp_priority_order()]  # of this GPU, by torch
+    before = order[: order.index(chosen)] if chosen in order else []
+    refused = [f"not {other.name}: {_reason_against(other, query, key, causal, shared)}" for other in before]
+    return chosen.name, "; ".join(refused) or "torch's first choice"
+
+
+def _reason_against(backend: SDPBackend, query: torch.Tensor, key: torch.Tensor, causal: bool, shared: bool) -> str:
+    """Return why a call cannot have a backend: torch says so when no other is allowed."""
+    with warnings.catch_warnings(record=True) as caught, sdpa_kernel(backend):
+        warnings.simplefilter("always")
+        try:
+            F.scaled_dot_product_attention(query, key, key, is_causal=causal, enable_gqa=shared)
+        except RuntimeError as error:
+            texts = [str(warning.message).split(" (Triggered")[0].strip() for warning in caught]
+            # torch begins with a line that only says which backend it speaks of.
+            said = [text for text in texts if text and not text.rstrip(":").endswith("not used because")]
+            return " ".join(said)[:160] or first_line(error)[:160]
+    return "it could run, but torch prefers the chosen one here"
 
 
 def try_two_ranks(device_type: str) -> TwoRanks:

@@ -52,9 +52,9 @@ def _with_index(most: int, *shapes: tuple[int, ...], count: int = _TOKENS) -> Dr
 def _adamw(
     main: torch.Tensor, moment: torch.Tensor, square: torch.Tensor, gradient: torch.Tensor
 ) -> Sequence[torch.Tensor]:
-    main, moment, square = main.clone(), moment.clone(), square.square()
-    ops.adamw_([main], [moment], [square], [gradient], step=3, lr=1e-2)
-    return [main, moment, square]
+    weight, first, second = main.clone(), moment.clone(), square.square()
+    ops.adamw_([weight], [first], [second], [gradient], step=3, lr=1e-2)
+    return [weight, first, second]
 
 
 def _adamw_in_torch(

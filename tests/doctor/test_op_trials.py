@@ -27,6 +27,12 @@ def test_the_kernels_of_the_cpu_are_right() -> None:
     assert exact == ["order_by_expert"]
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_the_kernels_of_a_gpu_are_right() -> None:
+    assert {trial.op: trial.problem for trial in try_ops(torch.device("cuda")) if trial.problem} == {}
+
+
 class WrongGradient(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, y: torch.Tensor) -> torch.Tensor:

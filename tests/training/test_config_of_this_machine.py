@@ -20,9 +20,10 @@ def test_a_processor_and_a_gpu_get_what_they_can_train() -> None:
     assert reason.endswith("64 GB free starts with seq_len=512, global_batch_size=8 (full length of the model: 8192)")
     assert config_of_this_machine(full, "cuda", 141e9) == (full, "")
     # The length is halved until the memory is enough.
-    tight, _ = config_of_this_machine(full, "cuda", 0.9 * rank_memory(full).total)
+    whole = rank_memory(full.for_device("cuda")).total
+    tight, _ = config_of_this_machine(full, "cuda", 0.9 * whole)
     assert tight.model.seq_len in (2048, 4096)
-    assert rank_memory(tight).total <= 0.8 * 0.9 * rank_memory(full).total
+    assert rank_memory(tight.for_device("cuda")).total <= 0.8 * 0.9 * whole
 
 
 def test_after_the_shortest_length_the_batch_is_halved_and_then_the_copy_of_checkpoints_goes() -> None:

@@ -1,6 +1,7 @@
 """Start here when a run on a GPU has weights of another dtype, or buckets of another size, than the planner says."""
 
 import dataclasses
+from pathlib import Path
 
 import pytest
 import torch
@@ -8,7 +9,11 @@ import torch
 from fused_megatron.checks import InputError
 from fused_megatron.config import GPTConfig, ParallelConfig, TrainConfig, TrainingConfig
 from fused_megatron.config.training import default_bucket_mb
+from fused_megatron.planning.dry_run_command import parse_options
+from fused_megatron.planning.prediction.cluster import Cluster, load_cluster
+from fused_megatron.planning.prediction.step_time import predict_step
 from fused_megatron.planning.rank_memory import rank_memory
+from fused_megatron.planning.search.best_layouts import find_best
 from fused_megatron.training.device_settings import on_device
 
 MODEL = GPTConfig(num_layers=2, hidden_size=64, num_heads=4, seq_len=16, vocab_size=128)
@@ -64,3 +69,22 @@ def test_the_planner_has_the_buckets_of_the_run(replicas: int) -> None:
         return rank_memory(config.for_device("cuda")).total
 
     assert working(None) == working(default_bucket_mb("cuda", replicas)) != working(25.0)
+
+
+def test_predictions_plans_and_dry_runs_take_the_dtype_of_the_device(tmp_path: Path) -> None:
+    h100 = load_cluster("h100")
+    cpu = dataclasses.replace(h100, device="cpu")
+    training = TrainingConfig(microbatch_size=1)
+    config = TrainConfig(MODEL, ParallelConfig(data_parallel_size=2), training=training)
+
+    def predicted(dtype: str, cluster: Cluster) -> float:
+        of_dtype = dataclasses.replace(config, training=dataclasses.replace(config.training, dtype=dtype))
+        return predict_step(of_dtype, cluster).parts["data parallel"]
+
+    assert predicted("auto", h100) == predicted("bfloat16", h100) != predicted("float32", h100)
+    assert predicted("auto", cpu) == predicted("float32", cpu) != predicted("bfloat16", cpu)
+    assert find_best(config, 2, h100, num_best=1).plans[0].config.training.dtype == "bfloat16"
+    (tmp_path / "config.toml").write_text("[model]\nvocab_size = 128\n")
+    for words, dtype, bucket_mb in (((), "bfloat16", None), (("--device", "cpu"), "float32", 25.0)):
+        training = parse_options([str(tmp_path / "config.toml"), *words]).config.training
+        assert (training.dtype, training.bucket_mb) == (dtype, bucket_mb)

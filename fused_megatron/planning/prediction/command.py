@@ -117,9 +117,10 @@ def describe(config: TrainConfig, cluster: Cluster, prediction: StepPrediction, 
     """Return the prediction as text."""
     parallel = config.parallel
     lines = [
-        f"{config.model.family.upper()} on {facts['gpus']:,} {cluster.name} (tp={parallel.tensor_parallel_size} "
-        f"pp={parallel.pipeline_parallel_size} dp={parallel.data_parallel_size}{parallel.expert_text}"
-        f"{parallel.sequence_text}), {config.training.global_batch_size:,} x {config.model.seq_len:,} tokens a step",
+        f"{config.model.family.upper()} in {config.training.weight_dtype} on {facts['gpus']:,} {cluster.name} "
+        f"(tp={parallel.tensor_parallel_size} pp={parallel.pipeline_parallel_size} dp={parallel.data_parallel_size}"
+        f"{parallel.expert_text}{parallel.sequence_text}), {config.training.global_batch_size:,} x "
+        f"{config.model.seq_len:,} tokens a step",
         f"step          {seconds_text(prediction.seconds)} ({seconds_text(prediction.low_s)} to "
         f"{seconds_text(prediction.high_s)})",
         f"tokens/s      {facts['tokens_per_s']:,.0f}",

@@ -22,7 +22,7 @@ def test_prediction_as_text_and_json(capsys, tmp_path):
     assert main(words) == 0
     text = capsys.readouterr().out
     for part in (
-        "GPT on 64 h100-80gb",
+        "GPT in bfloat16 on 64 h100-80gb",
         "tokens/s",
         "MFU",
         "GB of 80 GB",
