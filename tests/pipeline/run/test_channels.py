@@ -6,8 +6,11 @@ from datetime import timedelta
 
 import torch
 import torch.distributed as dist
+from torch._C._distributed_c10d import FakeProcessGroup
 
+from fused_megatron.pipeline.run import channels
 from fused_megatron.pipeline.run.channels import NCCLSettings, make_group, nccl_options, nccl_settings
+from fused_megatron.pipeline.schedule.routing import Channel
 
 
 def test_a_channel_goes_first_and_takes_few_sms():
@@ -70,3 +73,16 @@ def test_a_posted_receive_does_not_wait_for_its_sender(monkeypatch):
         groups[1].send([sent], 0, 0).wait()
         posted.wait()
         assert torch.equal(buffer, sent)
+
+
+def test_channels_make_such_groups(monkeypatch):
+    made = []
+
+    def fake_group(*arguments, is_channel=False):
+        made.append(is_channel)
+        return FakeProcessGroup._create_internal(0, 2)
+
+    monkeypatch.setattr(channels, "make_group", fake_group)
+    keys = [Channel(0, 1, "forward"), Channel(1, 0, "backward"), Channel(1, 2, "forward")]
+    channels.Channels(keys, 0, dist.HashStore(), torch.device("cpu"), timedelta(seconds=5)).close()
+    assert made == [True, True]
