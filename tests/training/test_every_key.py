@@ -189,23 +189,19 @@ def replica_checks(tried: Tried) -> list[int]:
     """Return the steps before which replicas were compared."""
     found: list[int] = []
     original = assemble_module.find_drift
-    assemble_module.find_drift = lambda parameters, *groups: found.append(1) or original(parameters, *groups)
-    try:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(assemble_module, "find_drift", lambda *arguments: found.append(1) or original(*arguments))
         tried.trained()
-    finally:
-        assemble_module.find_drift = original
     return found
 
 
 def saving_threads(tried: Tried) -> list[str]:
     """Return the names of the threads that wrote the files of checkpoints."""
     found: set[str] = set()
-    original = save_module.write_shard_file
-    save_module.write_shard_file = lambda *arguments: found.add(threading.current_thread().name) or original(*arguments)
-    try:
+    original, thread = save_module.write_shard_file, threading.current_thread
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(save_module, "write_shard_file", lambda *each: found.add(thread().name) or original(*each))
         tried.trained()
-    finally:
-        save_module.write_shard_file = original
     return sorted(found)
 
 
