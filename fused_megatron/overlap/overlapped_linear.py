@@ -11,6 +11,8 @@ bit of a float32 sum.
 Shapes are per rank, for R ranks, activations [S, B, ..] and sequence dim 0.
 """
 
+import functools
+import warnings
 from math import prod
 from typing import Any
 
@@ -187,7 +189,7 @@ def start_product_reduce_scatter(
         assert group is not None
         return Transfer((), (symmetric_memory.product_reduce_scatter(x, weight, bias, group),))
     bias = of_first_rank(bias, group)
-    if num_chunks == 1 or ranks == 1 or not _leads(x, dim):
+    if num_chunks == 1 or ranks == 1 or not _can_be_cut(x, dim):
         return start_reduce_scatter(product(x, weight, bias), dim, group)
     block, width = x.shape[dim] // ranks, weight.shape[0]
     between = x.shape[dim + 1 : -1]
@@ -222,7 +224,7 @@ def gather_product(
     if num_chunks == BY_SYMMETRIC_MEMORY:
         assert group is not None
         return symmetric_memory.gather_product(x, weight, bias, group, keep_gathered)
-    if num_chunks == 1 or ranks == 1 or not _leads(x, dim):
+    if num_chunks == 1 or ranks == 1 or not _can_be_cut(x, dim):
         whole = start_all_gather(x, dim, group).wait()
         return product(whole, weight, bias), whole if keep_gathered else None
     own = group_rank(group)
@@ -274,9 +276,22 @@ def rows_of(x: torch.Tensor) -> torch.Tensor:
     return x.reshape(-1, x.shape[-1])
 
 
-def _leads(x: torch.Tensor, dim: int) -> bool:
-    """Whether blocks of dim are contiguous: no dim before it."""
-    return prod(x.shape[:dim]) == 1
+def _can_be_cut(x: torch.Tensor, dim: int) -> bool:
+    """Whether blocks of dim are contiguous: no dim before it. If not, warn once that nothing overlaps."""
+    leads = prod(x.shape[:dim]) == 1
+    if not leads:
+        _warn_of_whole_products(dim)
+    return leads
+
+
+@functools.cache
+def _warn_of_whole_products(dim: int) -> None:
+    warnings.warn(
+        f"overlap has no effect with sequence_dim={dim} and more than one sample: a block of the sequence is not "
+        "contiguous, and products run whole (put the sequence first, [S, B, H], or take one sample at a time)",
+        RuntimeWarning,
+        stacklevel=3,
+    )
 
 
 def _save(ctx: Any, x: torch.Tensor, weight: torch.Tensor, *layout: Any) -> None:

@@ -11,6 +11,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from fused_megatron.checks import InputError
 from fused_megatron.overlap import ChunkChoice, OverlapCosts, chunk_choice
 from fused_megatron.overlap.chunk_choice import _chosen
+from fused_megatron.overlap.overlapped_linear import gather_product, start_product_reduce_scatter
 
 
 def test_what_users_pass():
@@ -75,6 +76,20 @@ def test_what_needs_no_choice(group, plays):
     assert all_choices(ChunkChoice(3), x, weight, None) == [1] * 8
     assert all_choices(ChunkChoice(), x[:, :0], weight, group) == [1] * 8
     assert plays == []
+
+
+def test_one_warning_where_no_chunk_can_be_cut(group):
+    x, weight = torch.ones(2, 8, 6), torch.ones(4, 6)
+    with pytest.warns(
+        RuntimeWarning, match="overlap has no effect with sequence_dim=1 and more than one sample"
+    ) as found:
+        for _ in range(2):
+            gather_product(x, weight, None, 1, group, 2)
+            start_product_reduce_scatter(x, weight, None, 1, group, 2).wait()
+        gather_product(x[:1], weight, None, 1, group, 2)
+        gather_product(x, weight, None, 0, group, 2)
+        gather_product(x, weight, None, 1, group, 1)
+    assert len(found) == 1
 
 
 def test_a_later_call_is_a_look_up(group, monkeypatch):
