@@ -220,27 +220,29 @@ CLAIMS: dict[str, Callable[[], Claim]] = {
 }
 
 
-def table(claims: dict[str, Claim]) -> str:
+Row = dict[str, Any]
+
+
+def row_of(claim: Claim) -> Row:
+    """Return a claim as docs/results/claims.json has it."""
+    return {"claim": claim.text, "verdict": claim.verdict, "why": claim.why, "figures": claim.figures}
+
+
+def table(rows: dict[str, Row]) -> str:
     """Return the claims as a table of Markdown."""
     lines = ["| claim | verdict | what was found |", "|---|---|---|"]
-    return "\n".join([*lines, *(f"| {each.text} | **{each.verdict}** | {each.why} |" for each in claims.values())])
-
-
-def as_json(claims: dict[str, Claim]) -> str:
-    """Return figures and verdicts."""
-    rows = {name: {"claim": c.text, "verdict": c.verdict, "figures": c.figures} for name, c in claims.items()}
-    return json.dumps(rows, indent=1) + "\n"
+    return "\n".join([*lines, *(f"| {row['claim']} | **{row['verdict']}** | {row['why']} |" for row in rows.values())])
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--write", action="store_true", help="write docs/results/claims.json and docs/claims.md")
     arguments = parser.parse_args()
-    found = {name: make() for name, make in CLAIMS.items()}
+    found = {name: row_of(make()) for name, make in CLAIMS.items()}
     print(table(found))
     if arguments.write:
         RESULTS.parent.mkdir(exist_ok=True)
-        RESULTS.write_text(as_json(found), encoding="utf-8")
+        RESULTS.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
         begin, end = "<!-- claims: begin -->\n", "<!-- claims: end -->"
         head, _, rest = PAGE.read_text(encoding="utf-8").partition(begin)
         PAGE.write_text(f"{head}{begin}{table(found)}\n{end}{rest.partition(end)[2]}", encoding="utf-8")

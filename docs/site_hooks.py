@@ -28,13 +28,23 @@ _PAGE = re.compile(r"`docs/([\w/]+\.md)`(?!\])")
 
 
 def on_files(files: Any, config: Any) -> Any:
-    """Add the page of error messages, and run the commands of all pages, as many at once as there are cores."""
+    """Add the page of error messages, pages that the menu lacks, and outputs: as many commands at once as cores."""
     pages = [file.content_string for file in files if file.src_uri.endswith(".md")]
     lines = dict.fromkeys(line for page in pages for line in lines_of(page))
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         list(pool.map(output_of, lines))
     files.append(File.generated(config, ERRORS, content=error_page()))
+    if others := sorted({file.src_uri for file in files.documentation_pages()} - {*named_in(config.nav)}):
+        config.nav.append({"More": others})
     return files
+
+
+def named_in(nav: Any) -> list[str]:
+    """Return the pages of a menu: a page, a list, or mappings from titles to these."""
+    if isinstance(nav, str):
+        return [nav]
+    values = nav.values() if isinstance(nav, dict) else nav
+    return [name for value in values for name in named_in(value)]
 
 
 def on_page_markdown(markdown: str, page: Any, config: Any, files: Any) -> str:
