@@ -97,7 +97,7 @@ def stage_overlap(stages: Mapping[int, nn.Module], config: TrainConfig, measures
     Args:
         stages: this rank's stages.
         config: the sizes of a microbatch.
-        measures: whether each kind is also timed, forward and backward, with its collectives and without.
+        measures: whether each kind but experts is also timed, forward and backward, with its collectives and without.
 
     Communication: none on a CPU, where groups are measured when layers are made; on a GPU that of timed_ways, once for
         each shape. With measures 6 forwards and backwards of each kind, and one all-reduce of 16 bytes.
@@ -114,7 +114,7 @@ def stage_overlap(stages: Mapping[int, nn.Module], config: TrainConfig, measures
     return [row for row in found.values() if row.ways]
 
 
-def overlap_lines(rows: Sequence[LayerOverlap], tp_size: int) -> list[str]:
+def overlap_lines(rows: Sequence[LayerOverlap]) -> list[str]:
     """Return the lines that a run prints: a head, a line for each kind of layer, warnings."""
     if not rows:
         return []
@@ -123,7 +123,7 @@ def overlap_lines(rows: Sequence[LayerOverlap], tp_size: int) -> list[str]:
     why = "; each rank does its transfers itself, through shared memory: nothing can hide" * rows[0].shared_memory
     warnings = [f"warning: {row.warning}" for row in rows if row.warning is not None]
     return [
-        f"overlap over {tp_size} tensor-parallel ranks: {asked}{why}",
+        f"overlap of products and collectives: {asked}{why}",
         *(f"  {row.text}" for row in rows),
         *warnings,
     ]

@@ -311,7 +311,7 @@ def _report_overlap(trainer: Trainer) -> None:
     """Print what hides under the tensor-parallel products of this rank's stages; ranks of a group may time it."""
     config = trainer.config
     rows = stage_overlap(trainer.model.stages, config, measures=config.training.profile_steps > 0)
-    for line in overlap_lines(rows, trainer.mesh.tp_size):
+    for line in overlap_lines(rows):
         trainer.reporter.say(line)
 
 

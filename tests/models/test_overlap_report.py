@@ -97,20 +97,20 @@ def test_predicted_and_measured_times_are_in_the_rows(answers):
 
 
 def test_lines_of_a_run(answers):
-    head, *lines = overlap_lines(answers[1], 2)
+    head, *lines = overlap_lines(answers[1])
     assert head == (
-        "overlap over 2 tensor-parallel ranks: by the cost model; each rank does its transfers itself, through shared "
+        "overlap of products and collectives: by the cost model; each rank does its transfers itself, through shared "
         "memory: nothing can hide"
     )
     assert [line.split(":")[0] for line in lines] == [f"  {ATTENTION}", f"  {PROJECTION}", "  mlp"]
     assert all("forward whole, " in line and " ms exposed (predicted); backward" in line for line in lines)
     assert all(line.endswith(" ms exposed") and "; measured " in line for line in lines)
     rows = answers[0]["4 chunks", False][0]
-    assert overlap_lines([row._replace(shared_memory=False) for row in rows], 2)[:2] == [
-        "overlap over 2 tensor-parallel ranks: 4 chunks",
+    assert overlap_lines([row._replace(shared_memory=False) for row in rows])[:2] == [
+        "overlap of products and collectives: 4 chunks",
         f"  {ATTENTION}: backward in 4 chunks",
     ]
-    assert overlap_lines([], 1) == []
+    assert overlap_lines([]) == []
 
 
 WHOLE, UNKNOWN = Chosen(1, 1e-3, 5e-4, 5e-4), Chosen(1, math.nan, math.nan, math.nan)
@@ -133,7 +133,7 @@ FUSED = Chosen(BY_SYMMETRIC_MEMORY, 1e-3, 5e-4, 1e-4, is_timed=True)
 def test_a_warning_where_an_asked_overlap_did_not_happen(asked, on_cpu, ways, part):
     row = LayerOverlap("mlp", asked, on_cpu, False, ways)
     assert row.warning is None if part is None else part in row.warning
-    lines = overlap_lines([row], 2)
+    lines = overlap_lines([row])
     assert len(lines) == 2 + (part is not None) and (part is None or lines[-1].startswith("warning: parallel."))
 
 
@@ -142,19 +142,27 @@ def test_text_of_a_timed_way():
     assert text == "mlp: forward by symmetric memory, 0.1 of 0.5 ms exposed (timed); measured 0.3 ms exposed"
 
 
-def too_few_rows(rank, ranks):
-    mesh = fm.init_mesh(tensor_parallel_size=ranks)
-    config = TrainConfig(
-        GPTConfig(num_layers=1, hidden_size=16, num_heads=2, seq_len=1, vocab_size=64),
-        ParallelConfig(tensor_parallel_size=ranks, overlap=4),
-        training=TrainingConfig(global_batch_size=1, microbatch_size=1),
-    )
-    model = build_stages(config, mesh, plan_pipeline(config), torch.device("cpu"))
-    return [row.warning for row in stage_overlap(model.stages, config)]
+def of_other_models(rank, ranks):
+    """Return the rows of a model with one row, and of a model with experts; 4 chunks are asked."""
+    mesh = fm.init_mesh(tensor_parallel_size=ranks, expert_parallel_size=ranks)
+    found = []
+    for form in ({"seq_len": 1}, {"seq_len": 8, "num_experts": 4}):
+        config = TrainConfig(
+            GPTConfig(num_layers=1, hidden_size=16, num_heads=2, vocab_size=64, **form),
+            ParallelConfig(
+                tensor_parallel_size=ranks, expert_parallel_size=ranks if "num_experts" in form else 1, overlap=4
+            ),
+            training=TrainingConfig(global_batch_size=1, microbatch_size=1),
+        )
+        model = build_stages(config, mesh, plan_pipeline(config), torch.device("cpu"))
+        found.append(stage_overlap(model.stages, config))
+    return found
 
 
-def test_a_number_of_chunks_that_the_rows_do_not_give():
-    for warnings in run_on_ranks(too_few_rows, 2):
-        assert [warning.split(" runs")[0] for warning in warnings] == [
+def test_chunks_that_the_rows_or_the_experts_do_not_give():
+    for one_row, experts in run_on_ranks(of_other_models, 2):
+        assert [row.warning.split(" runs")[0] for row in one_row] == [
             f"parallel.overlap=4, but {layer}" for layer in (ATTENTION, PROJECTION, "mlp")
         ]
+        assert [row.layer for row in experts] == [ATTENTION, PROJECTION, "mlp.experts"]
+        assert experts[2].text == "mlp.experts: forward and backward in 2 chunks"  # two local experts

@@ -38,7 +38,7 @@ def test_messages_in_parts_and_the_lines_on_overlap(runs: Any, tmp_path: Path) -
         said = printed.splitlines()
         start = next(index for index, line in enumerate(said) if line.startswith("overlap"))
         head, *lines = said[start : start + 4]
-        assert head.startswith("overlap over 2 tensor-parallel ranks: 4 chunks; each rank does its transfers itself")
+        assert head.startswith("overlap of products and collectives: 4 chunks; each rank does its transfers itself")
         assert [line.split(":")[0].strip() for line in lines] == [
             "attention.query_key_value",
             "attention.projection",
