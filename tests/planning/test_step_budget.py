@@ -11,7 +11,7 @@ from fused_megatron.planning.step_budget import layer_budget, step_budget
 LAYER = {"products": 4, "attention": 1, "norms": 2, "MLP activation": 1, "dropout and residual": 2}
 
 
-def config(num_layers=3, tp=2, pp=1, dp=1, zero=0, **model):
+def config(num_layers=3, tp=2, pp=1, dp=1, zero=0, schedule="1f1b", **model):
     form = {"hidden_size": 32, "num_heads": 4, "seq_len": 16, "vocab_size": 100, **model}
     return TrainConfig(
         GPTConfig(num_layers=num_layers, **form),
@@ -21,6 +21,7 @@ def config(num_layers=3, tp=2, pp=1, dp=1, zero=0, **model):
             data_parallel_size=dp,
             zero_stage=zero,
             sequence_parallel=tp > 1,
+            schedule=schedule,
         ),
         training=TrainingConfig(global_batch_size=4 * dp, microbatch_size=1, dtype="bfloat16"),
     )
@@ -39,11 +40,21 @@ def test_a_layer():
     results = 16 * (3 * 16 + 32 + 64 + 32)
     inputs = 16 * (32 + 16 + 32 + 64)
     assert budget.forward.moved["products"] == 2 * (weights + results + inputs + 3 * 16)  # and one bias
+    # The gradients of the weights are added to float32 sums by the products themselves, as on a GPU.
+    assert budget.backward.moved["products"] == 2 * (weights + 2 * (results + inputs)) + 2 * 4 * weights
 
 
 def test_a_pipeline_has_the_same_layer():
     cut, whole = layer_budget(config(num_layers=4, pp=2)), layer_budget(config(num_layers=2))
     assert (cut.forward, cut.backward) == (whole.forward, whole.backward)
+    looped = layer_budget(config(num_layers=4, pp=2, schedule="interleaved_1f1b"))  # two layers more on a rank
+    assert (looped.forward, looped.backward) == (whole.forward, whole.backward)
+
+
+def test_messages_belong_to_the_whole_step():
+    budget = step_budget(config(num_layers=2, pp=2))
+    assert budget.step.collectives["send"] == budget.step.collectives["receive"] == budget.num_microbatches == 4
+    assert budget.update.collectives.keys().isdisjoint({"send", "receive"})
 
 
 def test_recomputation_runs_the_forward_again():
