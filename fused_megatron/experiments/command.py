@@ -84,9 +84,10 @@ def _show(each: Experiment) -> list[str]:
         "| run here | layout |",
         "|---|---|",
     ]
+    first = each.config(entry.cases[0])
     for name, case in each.cases.items():
         sleeps = f", sleeping {case.forward_ms:g} + {case.backward_ms:g} ms" if case.sleeps else ""
-        lines.append(f"| {name} | {layout_text(each.config(name))}{sleeps} |")
+        lines.append(f"| {name} | {layout_text(each.config(name), first)}{sleeps} |")
     for statement in entry.statements:
         formula = f": {statement.quantity} = {statement.formula}" if statement.formula else f": {statement.quantity}"
         lines += ["", f"To hold: {statement.text}{formula} ({statement.kind}). {statement.why}".rstrip()]

@@ -115,9 +115,10 @@ def _predict(experiment: Experiment, name: str, run: PaperRun) -> _Predicted:
 
 
 def _figures(name: str, run: PaperRun, predicted: _Predicted, first: _Predicted) -> Iterator[PublishedFigure]:
-    layout = f"{layout_text(predicted.config)}, {predicted.config.parallel.num_ranks:,} x {predicted.cluster.name}"
+    config = predicted.config
+    layout = f"{layout_text(config, first.config)}, {config.parallel.num_ranks:,} x {predicted.cluster.name}"
     shown: Mapping[str, float | None] = run.published or _SHOWN
-    if predicted.config.parallel.pipeline_parallel_size > 1 and not run.published:
+    if config.parallel.pipeline_parallel_size > 1 and not run.published:
         shown = {**shown, "bubble_percent": None}
     for figure, published in shown.items():
         if figure == OUT_OF_MEMORY:
@@ -141,8 +142,13 @@ def _relative(
     return PublishedFigure(name, layout, title, value, None, None, published)
 
 
-def layout_text(config: TrainConfig) -> str:
-    """Return the layout in words: "tp=2 sp dp=4 ZeRO-1, 4 x 2 microbatches"."""
+def layout_text(config: TrainConfig, first: TrainConfig | None = None) -> str:
+    """Return the layout in words, with microbatches x sequences: "tp=2 sp dp=4 ZeRO-1, 4 x 2".
+
+    Args:
+        config: the run.
+        first: the first run of the experiment; sizes of the model that differ from its sizes are named, too.
+    """
     parallel, training = config.parallel, config.training
     dp = parallel.data_parallel_size or 1
     sizes = {
@@ -161,4 +167,9 @@ def layout_text(config: TrainConfig) -> str:
     words += [parallel.schedule] if parallel.schedule else []
     words += [f"recompute {config.model.recompute}"] if config.model.recompute != "none" else []
     microbatches = training.global_batch_size // training.microbatch_size // dp
-    return f"{' '.join(words) or 'one rank'}, {microbatches} x {training.microbatch_size}"
+    texts = [" ".join(words) or "one rank", f"{microbatches} x {training.microbatch_size}"]
+    named = {"num_layers": "layers", "hidden_size": "wide", "seq_len": "tokens", "num_experts": "experts"}
+    for name, word in named.items() if first is not None else ():
+        if getattr(config.model, name) != getattr(first.model, name):
+            texts.append(f"{getattr(config.model, name):,} {word}")
+    return ", ".join(texts)

@@ -9,7 +9,8 @@ INK = "#7d7d7d"
 """Colour of text and lines: as far from white as from black, so that a page of either colour shows it."""
 MEASURED, PREDICTED, PUBLISHED = "#4477aa", "#ee8866", "#bb5588"
 _WIDTH, _HEIGHT = 4.6, 3.4
-_MOST_PANELS = 4
+_MOST_PANELS = 2
+"""Of the statements, and of the published figures."""
 _NAME_CHARACTERS = 12
 
 
@@ -26,7 +27,7 @@ def draw_experiment(result: ExperimentResult, path: Path) -> bool:
         return False
     titles = dict.fromkeys(each.figure for each in result.published if each.predicted is not None)
     groups = [[each for each in result.published if each.figure == title] for title in titles]
-    panels: list[Any] = [*result.statements, *groups][:_MOST_PANELS]
+    panels: list[Any] = [*result.statements[:_MOST_PANELS], *groups[:_MOST_PANELS]]
     with rc_context(_settings()):
         figure = Figure(figsize=(_WIDTH * len(panels), _HEIGHT), layout="constrained")
         for axes, panel in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):

@@ -37,8 +37,9 @@ def run_experiment(experiment: Experiment, say: Callable[[str], None] = lambda l
     measured = _measure(experiment, configs, say)
     sizes = {name: _names(config, experiment.cases[name]) for name, config in configs.items()}
     statements = [judge(statement, sizes, measured) for statement in entry.statements]
+    first = configs[entry.cases[0]]
     runs = [
-        MeasuredRun(name, layout_text(config), config.parallel.num_ranks, measured[name])
+        MeasuredRun(name, layout_text(config, first), config.parallel.num_ranks, measured[name])
         for name, config in configs.items()
     ]
     return ExperimentResult(
@@ -52,7 +53,7 @@ def run_experiment(experiment: Experiment, say: Callable[[str], None] = lambda l
         statements=statements,
         published=published_figures(experiment),
         notes=[*entry.notes, *(run.note for run in experiment.paper_runs.values() if run.note)],
-        settings={"model": model_text(configs[entry.cases[0]]), "torch": torch.__version__.partition("+")[0]},
+        settings={"model": model_text(first), "torch": torch.__version__.partition("+")[0]},
     )
 
 
