@@ -48,7 +48,10 @@ def _parse(arguments: list[str]) -> tuple[int, list[str]]:
     option, _, value = (arguments or [""])[0].partition("=")
     rest = arguments[1:]
     if option.replace("_", "-") != "--nproc-per-node":
-        raise InputError("launch needs the number of ranks first: launch --nproc-per-node 2 train CONFIG.toml")
+        raise InputError(
+            "launch needs the number of ranks first: launch --nproc-per-node 2 train CONFIG.toml (on a cluster: launch "
+            "slurm or kubernetes CONFIG.toml --nodes 8)"
+        )
     if not value:
         value, rest = (rest or [""])[0], rest[1:]
     if not value.isdecimal() or int(value) < 1:
