@@ -6,12 +6,14 @@ and no multiprocessor waits. So all ways are timed once, on all ranks of the gro
 
 import functools
 import logging
+import math
 from collections.abc import Callable, Sequence
 from typing import NamedTuple, Protocol
 
 import torch
 import torch.distributed as dist
 
+from fused_megatron.checks import first_line
 from fused_megatron.collectives.groups import Group
 from fused_megatron.collectives.transfers import Transfer
 from fused_megatron.overlap.group_costs import refuse_capture, seconds_of, slowest
@@ -109,8 +111,18 @@ def fastest(
         run(whole_x, weight, dim, None, 1)
 
     followed_by = multiply if operands.followed else None
+
+    def time(way: int) -> float:
+        try:
+            return _way_s(lambda x: run(x, weight, dim, group, way), x, followed_by)
+        except RuntimeError as error:
+            if way != BY_SYMMETRIC_MEMORY:
+                raise
+            _LOG.warning("torch's fused op refuses %s, and is not used: %s", operands.x, first_line(error))
+            return math.inf  # torch checks shapes, so that it refuses on every rank
+
     with torch.no_grad():
-        seconds = [_way_s(lambda x, way=way: run(x, weight, dim, group, way), x, followed_by) for way in ways]
+        seconds = list(map(time, ways))
         product_s = (1 + operands.followed) * _way_s(multiply, x)
     product_s, *seconds = slowest([product_s, *seconds], group, operands.device)
     best = min(range(len(ways)), key=seconds.__getitem__)

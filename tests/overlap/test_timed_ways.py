@@ -12,6 +12,7 @@ from fused_megatron.testing.run_on_ranks import run_on_ranks
 
 CHUNKS = 16
 WHOLE, IN_CHUNKS, FUSED = 1, CHUNKS, BY_SYMMETRIC_MEMORY
+REFUSED = 1e9
 # For each case and rank the milliseconds of the ways; then the way that the slowest rank finds fastest.
 CASES = {
     # PyTorch issue 143160 (8 H100, M 2048, N 3584, K 8192): NCCL and cuBLAS take 301 us, the decomposed op 354.
@@ -19,6 +20,7 @@ CASES = {
     "fused": (2 * [{WHOLE: 3.0, IN_CHUNKS: 2.5, FUSED: 2.0}], FUSED),
     "chunks": (2 * [{WHOLE: 3.0, IN_CHUNKS: 2.5, FUSED: 2.6}], IN_CHUNKS),
     "one_slow_rank": ([{WHOLE: 3.0, IN_CHUNKS: 9.0, FUSED: 1.0}, {WHOLE: 2.0, IN_CHUNKS: 1.0, FUSED: 3.5}], WHOLE),
+    "refused": (2 * [{WHOLE: 3.0, IN_CHUNKS: 2.5, FUSED: REFUSED}], IN_CHUNKS),
     "even": (2 * [{WHOLE: 3.0, IN_CHUNKS: 3.0, FUSED: 3.0}], WHOLE),
 }
 
@@ -32,6 +34,8 @@ class Clock:
     def run(self, table, x, weight, dim, group, way):
         assert torch.is_grad_enabled() is False and x.isfinite().all() and weight.isfinite().all()
         self.calls.append((way, tuple(x.shape), tuple(weight.shape), weight.is_contiguous(), group is None))
+        if table[way] == REFUSED:
+            raise RuntimeError("torch refuses this shape")
         self.now_us += round(1e3 * (table[way] if group is not None else 0.25))
 
     def seconds_of(self, work, x, repeats):
