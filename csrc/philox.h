@@ -2,9 +2,9 @@
 //
 // fused_megatron/reference/philox.py is the same in PyTorch; all give the same bits.
 //
-// Philox4x32-10 (Salmon, Moraes, Dror and Shaw, Parallel random numbers: as easy as 1, 2, 3, SC 2011). The element with
-// global index g has word g % 4 of block g / 4; the 128-bit counter of a block is (block, offset), low words first, and
-// the key is the seed.
+// Philox4x32-7 (Salmon, Moraes, Dror and Shaw, Parallel random numbers: as easy as 1, 2, 3, SC 2011). The 128-bit
+// counter of a block is (block, offset), low words first, and the key is the seed. The element with global index g has
+// 16 bits: half g % 8 of block g / 8, where a word's low half comes before its high half.
 #pragma once
 
 #include <cstdint>
@@ -15,7 +15,7 @@ namespace fm {
 
 inline constexpr uint32_t kPhiloxMultiplier0 = 0xD2511F53u, kPhiloxMultiplier1 = 0xCD9E8D57u;
 inline constexpr uint32_t kPhiloxWeyl0 = 0x9E3779B9u, kPhiloxWeyl1 = 0xBB67AE85u;
-inline constexpr int kPhiloxRounds = 10;
+inline constexpr int kPhiloxRounds = 7;
 
 // rng_state as the words that the rounds take.
 struct PhiloxStream {
@@ -35,7 +35,7 @@ FM_INLINE void philox_block(const PhiloxStream& stream, uint64_t block, uint32_t
 #ifdef __CUDACC__
 #pragma unroll
 #else
-#pragma GCC unroll 10
+#pragma GCC unroll 7
 #endif
   for (int round = 0; round < kPhiloxRounds; ++round) {
     const uint64_t product0 = static_cast<uint64_t>(c0) * kPhiloxMultiplier0;
@@ -53,7 +53,16 @@ FM_INLINE void philox_block(const PhiloxStream& stream, uint64_t block, uint32_t
   words[3] = c3;
 }
 
-// An element is kept if its word is not below this threshold: it is dropped with probability p, to 2^-32.
-inline uint32_t dropout_threshold(double p) { return static_cast<uint32_t>(p * 4294967296.0); }
+// An element is kept if its 16 bits are not below this threshold: p is rounded to a multiple of 2^-16, and only p = 1
+// drops everything.
+inline uint32_t dropout_threshold(double p) {
+  const double rounded = p * 65536.0 + 0.5;
+  return rounded < 65536.0 ? static_cast<uint32_t>(rounded) : 65535u;
+}
+
+// The factor of kept elements: 1 / (1 - p) for the rounded p.
+inline float dropout_scale(double p) {
+  return p < 1.0 ? static_cast<float>(65536.0 / (65536u - dropout_threshold(p))) : 0.0f;
+}
 
 }  // namespace fm

@@ -17,9 +17,9 @@
 namespace fm {
 namespace {
 
-// The factors of elements: scale if the random word is not below threshold, else 0. Without words: scale.
+// The factors of elements: scale if the random number is not below threshold, else 0. Without numbers: scale.
 struct Dropout {
-  const uint32_t* words;
+  const RandomHalf* numbers;
   uint32_t threshold;
   float scale;
 };
@@ -27,10 +27,10 @@ struct Dropout {
 template <typename TX, typename T>
 FM_INLINE void forward_segment(const TX* __restrict x, const float* __restrict bias, const T* __restrict residual,
                                T* __restrict y, const Dropout& dropout, int64_t n) {
-  const uint32_t* __restrict words = dropout.words;
+  const RandomHalf* __restrict numbers = dropout.numbers;
   const uint32_t threshold = dropout.threshold;
   const float scale = dropout.scale;
-  if (words == nullptr) {
+  if (numbers == nullptr) {
 #pragma omp simd
     for (int64_t i = 0; i < n; ++i) {
       y[i] = from_float<T>(to_float(residual[i]) + (to_float(x[i]) + bias[i]) * scale);
@@ -38,23 +38,23 @@ FM_INLINE void forward_segment(const TX* __restrict x, const float* __restrict b
   } else {
 #pragma omp simd
     for (int64_t i = 0; i < n; ++i) {
-      const float factor = words[i] >= threshold ? scale : 0.0f;
+      const float factor = numbers[i] >= threshold ? scale : 0.0f;
       y[i] = from_float<T>(to_float(residual[i]) + (to_float(x[i]) + bias[i]) * factor);
     }
   }
 }
 
-template <typename TX, typename T, bool kWords, bool kDx, bool kSums>
+template <typename TX, typename T, bool kRandom, bool kDx, bool kSums>
 FM_INLINE void backward_loop(const T* __restrict dy, TX* __restrict dx, float* __restrict sums, const Dropout& dropout,
                              int64_t n) {
-  const uint32_t* __restrict words = dropout.words;
+  const RandomHalf* __restrict numbers = dropout.numbers;
   const uint32_t threshold = dropout.threshold;
   const float scale = dropout.scale;
 #pragma omp simd
   for (int64_t i = 0; i < n; ++i) {
     float grad = to_float(dy[i]);
-    if constexpr (kWords) {
-      grad *= words[i] >= threshold ? scale : 0.0f;
+    if constexpr (kRandom) {
+      grad *= numbers[i] >= threshold ? scale : 0.0f;
     } else {
       grad *= scale;
     }
@@ -63,14 +63,14 @@ FM_INLINE void backward_loop(const T* __restrict dy, TX* __restrict dx, float* _
   }
 }
 
-template <typename TX, typename T, bool kWords>
+template <typename TX, typename T, bool kRandom>
 FM_INLINE void backward_segment(const T* dy, TX* dx, float* sums, const Dropout& dropout, int64_t n) {
   if (dx != nullptr && sums != nullptr) {
-    backward_loop<TX, T, kWords, true, true>(dy, dx, sums, dropout, n);
+    backward_loop<TX, T, kRandom, true, true>(dy, dx, sums, dropout, n);
   } else if (dx != nullptr) {
-    backward_loop<TX, T, kWords, true, false>(dy, dx, sums, dropout, n);
+    backward_loop<TX, T, kRandom, true, false>(dy, dx, sums, dropout, n);
   } else {
-    backward_loop<TX, T, kWords, false, true>(dy, dx, sums, dropout, n);
+    backward_loop<TX, T, kRandom, false, true>(dy, dx, sums, dropout, n);
   }
 }
 
@@ -81,7 +81,7 @@ FM_INLINE void backward_segment(const T* dy, TX* dx, float* sums, const Dropout&
     forward_segment<TX, T>(x, bias, residual, y, dropout, n);                                                        \
   }                                                                                                                  \
   FM_MULTIVERSION void backward(const T* dy, TX* dx, float* sums, const Dropout& dropout, int64_t n) {               \
-    if (dropout.words != nullptr) {                                                                                  \
+    if (dropout.numbers != nullptr) {                                                                                  \
       backward_segment<TX, T, true>(dy, dx, sums, dropout, n);                                                       \
     } else {                                                                                                         \
       backward_segment<TX, T, false>(dy, dx, sums, dropout, n);                                                      \
@@ -129,11 +129,11 @@ class Mask {
                                  rng_state->is_contiguous()),
                     "rng_state must be two int64");
     if (random_) stream_ = philox_stream(static_cast<const int64_t*>(rng_state->const_data_ptr()));
-    dropout_ = {nullptr, dropout_threshold(p), p < 1.0 ? static_cast<float>(1.0 / (1.0 - p)) : 0.0f};
+    dropout_ = {nullptr, dropout_threshold(p), dropout_scale(p)};
   }
   Dropout segment(PhiloxBuffer& buffer, int64_t row, int64_t column, int64_t width, int64_t n) const {
     Dropout dropout = dropout_;
-    if (random_) dropout.words = buffer.words(stream_, first_index(rows_, row, width) + column, n);
+    if (random_) dropout.numbers = buffer.halves(stream_, first_index(rows_, row, width) + column, n);
     return dropout;
   }
 

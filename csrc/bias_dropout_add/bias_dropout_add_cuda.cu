@@ -23,8 +23,8 @@ BiasDropoutAdd arguments(const Tensor& x, ScalarType x_dtype, ScalarType dtype, 
   a.width = bias || rows.inner != 0 ? last : kDropoutWidthOfWhole;
   a.rows = rows;
   a.rng_state = random ? static_cast<const int64_t*>(rng_state->const_data_ptr()) : nullptr;
-  a.threshold = random ? dropout_threshold(p) : 0;
-  a.scale = p < 1.0 ? static_cast<float>(1.0 / (1.0 - p)) : 0.0f;
+  a.threshold = random ? dropout_threshold(p) << 16 : 0;
+  a.scale = dropout_scale(p);
   return a;
 }
 

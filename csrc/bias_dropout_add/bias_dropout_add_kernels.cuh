@@ -20,7 +20,7 @@ struct BiasDropoutAdd {
   int64_t count, width;
   GlobalRows rows;
   const int64_t* rng_state;  // null: nothing is random, every element is multiplied by scale
-  uint32_t threshold;
+  uint32_t threshold;  // times 2^16
   float scale;
   const void* x;  // forward
   ConstParameter bias;
@@ -64,27 +64,33 @@ struct Run {
   }
 };
 
-// The factors of the kCount elements from global index `index` on. kAligned: index is a multiple of 4. Otherwise a run
-// touches one Philox block more than it fills.
+// The factors of the kCount elements from global index `index` on. kAligned: index is a multiple of kCount. Otherwise a
+// run of several elements touches two Philox blocks.
 template <int kCount, bool kAligned>
 FM_DEVICE void dropout_factors(const PhiloxStream& stream, uint32_t threshold, float scale, int64_t index,
                                float (&factors)[kCount]) {
-  const uint64_t block = static_cast<uint64_t>(index) / 4;
-  const uint32_t lane = static_cast<uint32_t>(index) % 4;
-  constexpr int kBlocks = kCount / 4 + (kAligned ? 0 : 1);
-  uint32_t words[kBlocks * 4];
+  const uint64_t block = static_cast<uint64_t>(index) / 8;
+  const uint32_t half = static_cast<uint32_t>(index) % 8;
+  constexpr int kWords = kAligned || kCount == 1 ? 4 : 8;
+  uint32_t words[kWords];
 #pragma unroll
-  for (int i = 0; i < kBlocks; ++i) philox_block(stream, block + i, words + 4 * i);
-  if constexpr (!kAligned) {
-    // Shifts by lane with constant indices only, so that the words stay in registers.
-    constexpr int kWords = kBlocks * 4;
+  for (int i = 0; i < kWords / 4; ++i) philox_block(stream, block + i, words + 4 * i);
+  // Shifts with constant indices only, so that the words stay in registers.
+  if constexpr (!kAligned || kCount < 8) {
 #pragma unroll
-    for (int i = 0; i + 1 < kWords; ++i) words[i] = lane & 1 ? words[i + 1] : words[i];
-#pragma unroll
-    for (int i = 0; i + 2 < kWords; ++i) words[i] = lane & 2 ? words[i + 2] : words[i];
+    for (int i = 0; i + 2 < kWords; ++i) words[i] = half & 4 ? words[i + 2] : words[i];
   }
+  if constexpr (!kAligned) {
 #pragma unroll
-  for (int k = 0; k < kCount; ++k) factors[k] = words[k] >= threshold ? scale : 0.0f;
+    for (int i = 0; i + 1 < kWords; ++i) words[i] = half & 2 ? words[i + 1] : words[i];
+#pragma unroll
+    for (int i = 0; i + 1 < kWords; ++i) words[i] = half & 1 ? words[i] >> 16 | words[i + 1] << 16 : words[i];
+  }
+  // The upper half of a word is below the threshold if the whole word is.
+#pragma unroll
+  for (int k = 0; k < kCount; ++k) {
+    factors[k] = (k % 2 == 0 ? words[k / 2] << 16 : words[k / 2]) >= threshold ? scale : 0.0f;
+  }
 }
 
 // The elements of one thread: kCount columns that it keeps, in every step-th row. A block has blockDim.x runs of
@@ -124,8 +130,8 @@ __global__ void __launch_bounds__(kDropoutThreads, kDropoutBlocksPerMultiprocess
   const T* residual = static_cast<const T*>(a.residual);
   T* y = static_cast<T*>(a.y);
   const int64_t skip = tile.step * a.width;
-  int64_t row = tile.row, index = tile.row * a.width + tile.column;
-  for (; index < a.count; row += kDropoutRows * tile.step, index += kDropoutRows * skip) {
+  RunningRow mask_row(a.rows, tile.row, tile.step, a.width);
+  for (int64_t index = tile.row * a.width + tile.column; index < a.count; index += kDropoutRows * skip) {
     typename AX::Raw raw_x[kDropoutRows];
     typename A::Raw raw_residual[kDropoutRows];
 #pragma unroll
@@ -141,8 +147,8 @@ __global__ void __launch_bounds__(kDropoutThreads, kDropoutBlocksPerMultiprocess
 #pragma unroll
       for (int k = 0; k < kCount; ++k) factors[k] = a.scale;
       if (a.rng_state != nullptr) {
-        const int64_t first = first_index(a.rows, row + i * tile.step, a.width) + tile.column;
-        dropout_factors<kCount, kAligned>(stream, a.threshold, a.scale, first, factors);
+        dropout_factors<kCount, kAligned>(stream, a.threshold, a.scale, mask_row.index() + tile.column, factors);
+        mask_row.advance();
       }
       AX::unpack(raw_x[i], values);
       A::unpack(raw_residual[i], total);
@@ -166,8 +172,9 @@ __global__ void __launch_bounds__(kDropoutThreads, kDropoutBlocksPerMultiprocess
   const T* dy = static_cast<const T*>(a.dy);
   TX* dx = static_cast<TX*>(a.dx);
   const int64_t skip = tile.step * a.width;
-  int64_t row = tile.row, index = tile.active ? tile.row * a.width + tile.column : a.count;  // go to the barrier below
-  for (; index < a.count; row += kDropoutRows * tile.step, index += kDropoutRows * skip) {
+  RunningRow mask_row(a.rows, tile.row, tile.step, a.width);
+  int64_t index = tile.active ? tile.row * a.width + tile.column : a.count;  // go to the barrier below
+  for (; index < a.count; index += kDropoutRows * skip) {
     typename A::Raw raw[kDropoutRows];
 #pragma unroll
     for (int i = 0; i < kDropoutRows; ++i) {
@@ -180,8 +187,8 @@ __global__ void __launch_bounds__(kDropoutThreads, kDropoutBlocksPerMultiprocess
 #pragma unroll
       for (int k = 0; k < kCount; ++k) factors[k] = a.scale;
       if (a.rng_state != nullptr) {
-        const int64_t first = first_index(a.rows, row + i * tile.step, a.width) + tile.column;
-        dropout_factors<kCount, kAligned>(stream, a.threshold, a.scale, first, factors);
+        dropout_factors<kCount, kAligned>(stream, a.threshold, a.scale, mask_row.index() + tile.column, factors);
+        mask_row.advance();
       }
       A::unpack(raw[i], grad);
 #pragma unroll

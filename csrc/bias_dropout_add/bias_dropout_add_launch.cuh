@@ -23,9 +23,9 @@ struct DropoutGrid {
   }
 };
 
-inline bool dropout_is_aligned(const GlobalRows& rows, int64_t width) {
+inline bool dropout_is_aligned(const GlobalRows& rows, int64_t width, int64_t elements_per_run) {
   const int64_t begins = rows.inner == 0 ? width : rows.start | rows.stride0 | (rows.inner == 1 ? 0 : rows.stride1);
-  return begins % 4 == 0;
+  return begins % elements_per_run == 0;
 }
 
 // Calls f(TX{}, T{}, count, aligned, grid) with the types of the dtypes, to pick the kernel.
@@ -39,7 +39,7 @@ void for_dropout_kernel(const BiasDropoutAdd& a, int multiprocessors, const F& f
     const auto unaligned = std::false_type{};
     if (!wide) {
       f(x_element, element, std::integral_constant<int, 1>{}, unaligned, DropoutGrid(a, 1, multiprocessors));
-    } else if (a.rng_state == nullptr || dropout_is_aligned(a.rows, a.width)) {
+    } else if (a.rng_state == nullptr || dropout_is_aligned(a.rows, a.width, kWide)) {
       f(x_element, element, std::integral_constant<int, kWide>{}, aligned, DropoutGrid(a, kWide, multiprocessors));
     } else {
       f(x_element, element, std::integral_constant<int, kWide>{}, unaligned, DropoutGrid(a, kWide, multiprocessors));

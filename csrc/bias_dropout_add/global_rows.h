@@ -23,4 +23,32 @@ FM_INLINE int64_t first_index(const GlobalRows& rows, int64_t row, int64_t width
   return rows.start + outer * rows.stride0 + (row - outer * rows.inner) * rows.stride1;
 }
 
+// first_index of one row after the other, `step` rows apart, without a division or a multiplication a row.
+class RunningRow {
+ public:
+  FM_INLINE RunningRow(const GlobalRows& rows, int64_t row, int64_t step, int64_t width)
+      : index_(first_index(rows, row, width)), inner_(rows.inner) {
+    if (inner_ == 0) {
+      jump_ = step * width;
+    } else {
+      jump_ = step / inner_ * rows.stride0 + step % inner_ * rows.stride1;
+      carry_ = rows.stride0 - inner_ * rows.stride1;
+      place_ = row % inner_;
+      place_step_ = step % inner_;
+    }
+  }
+  FM_INLINE int64_t index() const { return index_; }
+  FM_INLINE void advance() {
+    index_ += jump_;
+    if (inner_ <= 1) return;
+    place_ += place_step_;
+    if (place_ < inner_) return;
+    place_ -= inner_;
+    index_ += carry_;
+  }
+
+ private:
+  int64_t index_, inner_, jump_, carry_ = 0, place_ = 0, place_step_ = 0;
+};
+
 }  // namespace fm

@@ -1,4 +1,4 @@
-// Random words on the CPU: many Philox blocks at a time, and a buffer of them.
+// Random numbers on the CPU: many Philox blocks at a time, and a buffer of them.
 //
 // A 32 x 32 bit product is one instruction in a 64-bit lane whose upper half is ignored. Compilers do not see this, so
 // the code names the instruction, in one function for each vector width.
@@ -26,7 +26,7 @@ void fill_philox_scalar(const PhiloxStream& stream, uint64_t first, int64_t bloc
 
 #ifdef FM_PHILOX_X86
 
-// Ten rounds of kPhiloxGroup blocks in vectors of 64-bit lanes, one block a lane; upper halves hold garbage. Several
+// The rounds of kPhiloxGroup blocks in vectors of 64-bit lanes, one block a lane; upper halves hold garbage. Several
 // vectors are in work, so that a product need not wait for the previous one. `order` assigns blocks to lanes such that
 // the interleaved results of the lanes are in order. Shuffles move upper halves down, since shifts would compete with
 // the products for one port of the processor.
@@ -111,21 +111,24 @@ inline void fill_philox(const PhiloxStream& stream, uint64_t first, int64_t bloc
   fill_philox_scalar(stream, first, blocks, words);
 }
 
-// The random words of runs of elements with consecutive global indices.
+// 16 random bits. Words are little-endian, so that their halves lie in memory in the order of the elements.
+typedef uint16_t RandomHalf __attribute__((may_alias));
+
+// The random numbers of runs of elements with consecutive global indices.
 class PhiloxBuffer {
  public:
   static constexpr int64_t kElements = 1024;
 
-  // Returns n <= kElements words for the elements from global index `index` on, which need not be a multiple of 4.
-  const uint32_t* words(const PhiloxStream& stream, int64_t index, int64_t n) {
-    const uint64_t first = static_cast<uint64_t>(index) / 4;
-    const int64_t skipped = index % 4;
-    fill_philox(stream, first, (skipped + n + 3) / 4, words_);
-    return words_ + skipped;
+  // Returns n <= kElements numbers for the elements from global index `index` on, which need not be a multiple of 8.
+  const RandomHalf* halves(const PhiloxStream& stream, int64_t index, int64_t n) {
+    const uint64_t first = static_cast<uint64_t>(index) / 8;
+    const int64_t skipped = index % 8;
+    fill_philox(stream, first, (skipped + n + 7) / 8, words_);
+    return reinterpret_cast<const RandomHalf*>(words_) + skipped;
   }
 
  private:
-  alignas(64) uint32_t words_[kElements + 4 * kPhiloxGroup];
+  alignas(64) uint32_t words_[kElements / 2 + 4 * kPhiloxGroup];
 };
 
 }  // namespace

@@ -49,9 +49,9 @@ FM_DEVICE float2 sum_of_quads(const float2* scratch) {
   return sum;
 }
 
-// kWarps warps share a row. `scratch` holds kWarps values of this row in shared memory, at a multiple of 16 bytes. Two consecutive calls must not
-// use the same scratch, since there is only one barrier between write and read. If kWarps > 1, every thread of the
-// block must call this.
+// kWarps warps share a row. `scratch` holds kWarps values of this row in shared memory, at a multiple of 16 bytes. Two
+// consecutive calls must not use the same scratch, since there is only one barrier between write and read. If
+// kWarps > 1, every thread of the block must call this.
 template <int kWarps, typename Value>
 FM_DEVICE Value row_sum(Value value, Value* scratch, int warp_of_row, int lane) {
   value = warp_sum(value);

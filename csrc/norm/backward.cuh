@@ -39,10 +39,31 @@ FM_DEVICE void write_column_sums(const Rows& rows, const float (&sums)[Rows::kAc
   }
 }
 
-// Besides two sums a column, the registers have room for half of the weight. The shared memory has no room for the
-// whole weight if rows are float32.
+// Besides two sums a column, the registers have room for half of the weight (narrow accesses: one column less). The
+// shared memory has no room for the whole weight if rows are float32.
 template <typename Rows>
-using BackwardParameter = ColumnValues<Rows, (Rows::kGroups > 1 || Rows::kCount == 8) ? 0 : Rows::kAccesses / 2>;
+using BackwardParameter =
+    ColumnValues<Rows, (Rows::kGroups > 1 || Rows::kCount == 8) ? 0 : Rows::kAccesses / 2 - (Rows::kCount == 1)>;
+
+// What a backward does, in bits.
+inline constexpr int kWritesDx = 1, kWritesDresidual = 2, kAdds = 4;
+FM_DEVICE int backward_flags(const NormBackward& a) {
+  return opaque((a.dx != nullptr ? kWritesDx : 0) | (a.dresidual != nullptr ? kWritesDresidual : 0) |
+                (a.dtotal != nullptr ? kAdds : 0));
+}
+
+// dx = rstd * (g - mean(g) - normalised * mean(g * normalised)) = rstd * g + (x * slope + base), from the sums of
+// g * normalised and of g; normalised = x * rstd + shift. An rms_norm has neither mean(g) nor shift.
+struct BackwardLine {
+  float slope, base;
+};
+FM_DEVICE BackwardLine backward_line(float2 sums, float rstd, float shift, float per_column) {
+  const float scaled = rstd * (sums.x * per_column);
+  return {-rstd * scaled, -rstd * (sums.y * per_column) - shift * scaled};
+}
+FM_DEVICE BackwardLine backward_line(float sum, float rstd, float, float per_column) {
+  return {-rstd * (rstd * (sum * per_column)), 0.0f};
+}
 
 // dy, x and dtotal are read from memory once. They wait in shared memory for the sums over their row, and are unpacked
 // from there twice, since the registers hold the sums over columns. A slot that has been read takes a later row at
@@ -59,43 +80,28 @@ __global__ void __launch_bounds__(kNormThreads, 1) norm_backward_in_registers(No
   const Dy dy(a.dy, a.dtype), dx(a.dx, a.dtype);
   const Stream x(a.x, a.stream_dtype), dtotal(a.dtotal, a.stream_dtype), dresidual(a.dresidual, a.stream_dtype);
   const int accesses = (rows.width + Rows::kStep - 1) / Rows::kStep;
-  // Conditions of every access, kept in registers.
-  const bool adds = opaque(static_cast<int>(a.dtotal != nullptr)) != 0;
-  const int writes_dx = opaque(static_cast<int>(a.dx != nullptr));
-  const int writes_dresidual = opaque(static_cast<int>(a.dresidual != nullptr));
-  const int held = rows.held();
+  const int held = rows.held(), flags = backward_flags(a);  // conditions of every access, kept in registers
   // The ring of dy, then of x, then of dtotal.
   typename Rows::Slot* const ring_x = ring + stages * accesses * kDy;
   typename Rows::Slot* const ring_total = ring_x + stages * accesses * kX;
   const int64_t row_step = Rows::row_step(), skip = row_step * a.width;
-  int64_t next_row = rows.row(0);  // to be fetched
-  int64_t index = next_row * a.width + rows.first, next = index;
-  int later = next_row < a.rows ? held : 0;  // accesses of next_row
-  typename Dy::Source from_dy = dy.source(next);
-  typename Stream::Source from_x = x.source(next), from_total = dtotal.source(next);
-  const auto fetch = [&](int stage, int i) {
-    if (!(later >> i & 1)) return;
+  int64_t row = rows.row(0), index = row * a.width + rows.first;
+  const auto fetch = [&](typename Dy::Source from_dy, typename Stream::Source from_x, int64_t from, int stage, int i) {
     dy.fetch(from_dy, i * Rows::kStep, ring + stage * accesses * kDy + threadIdx.x + i * kDy, kNormThreads);
     const int slot_x = stage * accesses * kX + threadIdx.x + i * kX;
     x.fetch(from_x, i * Rows::kStep, ring_x + slot_x, kNormThreads);
-    if (adds) dtotal.fetch(from_total, i * Rows::kStep, ring_total + slot_x, kNormThreads);
-  };
-  const auto commit_row = [&] {
-    commit_copies();
-    next_row += row_step;
-    later = next_row < a.rows ? held : 0;
-    next = opaque(next + skip);
-    from_dy = dy.source(next);
-    from_x = x.source(next);
-    if (adds) from_total = dtotal.source(next);
+    if (flags & kAdds) dtotal.fetch(dtotal.source(from), i * Rows::kStep, ring_total + slot_x, kNormThreads);
   };
 #pragma unroll 1
   for (int stage = 0; stage < stages; ++stage) {
+    const int64_t from = index + stage * skip;
 #pragma unroll
-    for (int i = 0; i < kAccesses; ++i) fetch(stage, i);
-    commit_row();
+    for (int i = 0; i < kAccesses; ++i) {
+      if (row + stage * row_step < a.rows && rows.holds(i)) fetch(dy.source(from), x.source(from), from, stage, i);
+    }
+    commit_copies();
   }
-  float* staging = reinterpret_cast<float*>(ring_total + (adds ? stages * accesses * kX : 0));
+  float* staging = reinterpret_cast<float*>(ring_total + (flags & kAdds ? stages * accesses * kX : 0));
   BackwardParameter<Rows> weights;
   weights.load(rows, a.weight, 1.0f, a.weight_offset, staging);
   if constexpr (Rows::kGroups > 1) __syncthreads();
@@ -103,20 +109,21 @@ __global__ void __launch_bounds__(kNormThreads, 1) norm_backward_in_registers(No
   const int64_t rounds = Rows::rounds(a.rows);
   const float per_column = 1.0f / static_cast<float>(rows.width);
   int stage = 0, parity = 0;
-  int64_t row = rows.row(0);
-  // The statistics of a row are loaded a round before their use.
+  // The statistics of a row are loaded a round before their use, where registers are left for them.
+  constexpr bool kAhead = Rows::kCount == 8;
   float next_mean = 0.0f, next_rstd = 0.0f;
   const auto load_statistics = [&](int64_t of_row) {
     if (of_row >= a.rows) return;
     if constexpr (kCentred) next_mean = a.mean[of_row];
     next_rstd = a.rstd[of_row];
   };
-  load_statistics(row);
+  if constexpr (kAhead) load_statistics(row);
   for (int64_t round = 0; round < rounds; ++round) {
     const bool active = row < a.rows;
     const int now = active ? held : 0;
+    if constexpr (!kAhead) load_statistics(row);
     const float mean = next_mean, rstd = next_rstd;
-    load_statistics(row + row_step);
+    if constexpr (kAhead) load_statistics(row + row_step);
     const auto* const slots_dy = ring + stage * accesses * kDy + threadIdx.x;
     const int slot_x = stage * accesses * kX + threadIdx.x;
     float g[kCount], values[kCount], weight[kCount];
@@ -147,34 +154,30 @@ __global__ void __launch_bounds__(kNormThreads, 1) norm_backward_in_registers(No
     }
     sums = row_sum<kWarps>(sums, scratch + (parity * Rows::kGroups + rows.group) * kWarps, rows.warp, rows.lane);
     parity ^= 1;
-    // dx = rstd * (g - mean(g) - normalised * mean(g * normalised)) = rstd * g + (x * slope + base)
-    float slope, base = 0.0f;
-    if constexpr (kCentred) {
-      const float scaled = rstd * (sums.x * per_column);
-      slope = -rstd * scaled;
-      base = -rstd * (sums.y * per_column) - shift * scaled;
-    } else {
-      slope = -rstd * (rstd * (sums * per_column));
-    }
+    const auto [slope, base] = backward_line(sums, rstd, shift, per_column);
+    const int later = row + stages * row_step < a.rows ? held : 0;  // accesses of the row that takes the slots
+    const int64_t from = index + stages * skip;
+    const typename Dy::Source from_dy = dy.source(from);
+    const typename Stream::Source from_x = x.source(from);
 #pragma unroll
     for (int i = 0; i < kAccesses; ++i) {
-      if (now >> i & 1 && (writes_dx | writes_dresidual)) {
+      if (now >> i & 1 && flags & (kWritesDx | kWritesDresidual)) {
         unpack(i);
 #pragma unroll
         for (int k = 0; k < kCount; ++k) {
           g[k] = rstd * (g[k] * weight[k]) + (kCentred ? values[k] * slope + base : values[k] * slope);
         }
-        if (adds) {
+        if (flags & kAdds) {
           dtotal.unpack(Stream::take(ring_total + slot_x + i * kX, kNormThreads), values);
 #pragma unroll
           for (int k = 0; k < kCount; ++k) g[k] += values[k];
         }
-        if (writes_dx) dx.store(index, i * Rows::kStep, dx.pack(g));
-        if (writes_dresidual) dresidual.store(index, i * Rows::kStep, dresidual.pack(g));
+        if (flags & kWritesDx) dx.store(index, i * Rows::kStep, dx.pack(g));
+        if (flags & kWritesDresidual) dresidual.store(index, i * Rows::kStep, dresidual.pack(g));
       }
-      fetch(stage, i);
+      if (later >> i & 1) fetch(from_dy, from_x, from, stage, i);
     }
-    commit_row();
+    commit_copies();
     row += row_step;
     index = opaque(index + skip);
     stage = stage + 1 == stages ? 0 : stage + 1;

@@ -34,12 +34,13 @@ __global__ void __launch_bounds__(kNormThreads, 1) norm_forward_in_registers(Nor
   typename Rows::Slot* const ring_residual = ring + stages * accesses * kX;
   const int64_t row_step = Rows::row_step(), skip = row_step * a.width;
   const int held = rows.held();
-  int64_t next_row = rows.row(0);  // to be fetched
-  int64_t index = next_row * a.width + rows.first, next = index;
-  const auto fetch = [&](int stage) {
-    if (next_row < a.rows) {
-      const typename In::Source from_x = x.source(next);
-      const typename Stream::Source from_residual = residual.source(next);
+  int64_t row = rows.row(0), index = row * a.width + rows.first;
+  // Requests the row `ahead` rounds after the current one.
+  const auto fetch = [&](int stage, int ahead) {
+    if (row + ahead * row_step < a.rows) {
+      const int64_t from = index + ahead * skip;
+      const typename In::Source from_x = x.source(from);
+      const typename Stream::Source from_residual = residual.source(from);
 #pragma unroll
       for (int i = 0; i < kAccesses; ++i) {
         if (!(held >> i & 1)) continue;
@@ -50,11 +51,9 @@ __global__ void __launch_bounds__(kNormThreads, 1) norm_forward_in_registers(Nor
       }
     }
     commit_copies();
-    next_row += row_step;
-    next = opaque(next + skip);
   };
 #pragma unroll 1
-  for (int stage = 0; stage < stages; ++stage) fetch(stage);
+  for (int stage = 0; stage < stages; ++stage) fetch(stage, stage);
   float* staging = reinterpret_cast<float*>(ring_residual + (adds ? stages * accesses * kResidual : 0));
   ForwardParameter<Rows, In, Stream> weights, biases;
   weights.load(rows, a.weight, 1.0f, a.weight_offset, staging);
@@ -65,7 +64,6 @@ __global__ void __launch_bounds__(kNormThreads, 1) norm_forward_in_registers(Nor
   const int64_t rounds = Rows::rounds(a.rows);
   const float per_column = 1.0f / static_cast<float>(rows.width);
   int stage = 0, parity = 0;
-  int64_t row = rows.row(0);
   const auto sum_of_row = [&](float value) {
     parity ^= 1;
     return row_sum<kWarps>(value, scratch + (parity * Rows::kGroups + rows.group) * kWarps, rows.warp, rows.lane);
@@ -97,7 +95,7 @@ __global__ void __launch_bounds__(kNormThreads, 1) norm_forward_in_registers(Nor
 #pragma unroll
       for (int k = 0; k < kCount; ++k) sum += kCentred ? values[k] : values[k] * values[k];
     }
-    fetch(stage);
+    fetch(stage, stages);
     stage = stage + 1 == stages ? 0 : stage + 1;
     sum = sum_of_row(sum);
     if constexpr (kCentred) {

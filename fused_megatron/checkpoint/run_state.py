@@ -27,6 +27,7 @@ class _State(msgspec.Struct):
     vocab_size: Annotated[int, msgspec.Meta(ge=1, le=1 << 32)]
     config: dict[str, dict[str, Any]]
     weights_only: bool = False
+    dropout_mask: Size = 1
 
 
 def read_run_state(checkpoint: Path) -> dict[str, Any]:

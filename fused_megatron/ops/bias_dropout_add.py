@@ -98,18 +98,20 @@ def bias_dropout_add(
         y = residual + (x + bias) * factor,   factor = 1 / (1 - p) where kept, 0 where dropped
 
     The mask depends only on rng_state and on an element's index in the FULL tensor. So a shard, with its full_shape and
-    offset, draws exactly its slice of the mask that one device would draw. The element with (row-major) global index g
-    is kept if word(g) >= floor(p * 2^32), where, with (seed, offset) = rng_state,
+    offset, draws exactly its slice of the mask that one device would draw. p is rounded to a multiple of 2^-16, also in
+    the factor. The element with (row-major) global index g is kept if bits(g) >= p * 2^16, where, with (seed, offset) =
+    rng_state,
 
-        word(g) = philox4x32_10(counter=(g // 4, offset), key=seed)[g % 4]
+        bits(g) = half g % 8 of philox4x32_7(counter=(g // 8, offset), key=seed)
 
-    is a random 32-bit word with the same bits on every device (reference/philox.py defines it).
+    are 16 random bits, the same on every device (reference/philox.py defines them).
 
     Args:
         x: [..., H] float32, bfloat16, float16 or float64; any strides (copied once if not contiguous).
         bias: [H], any of these dtypes, or None.
         residual: the shape of x; the dtype of x, or float32 with a 16-bit x, or float64.
-        p: the probability that an element is dropped, in [0, 1]. 0 drops nothing and 1 everything, exactly.
+        p: the probability that an element is dropped, in [0, 1], rounded to a multiple of 2^-16. 0 drops nothing and 1
+            everything, exactly.
         training: False is p = 0.
         rng_state: int64 [2], (seed, offset), on the device of x; not written. None: drawn from torch's generator of
             that device, so that torch.manual_seed and activation checkpointing reproduce it. Pass the same rng_state

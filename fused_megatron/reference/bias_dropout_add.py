@@ -6,7 +6,7 @@ r begins at index start + r // inner * stride0 + r % inner * stride1. inner = 0 
 
 import torch
 
-from fused_megatron.reference.philox import keep_mask
+from fused_megatron.reference.philox import keep_mask, keep_scale
 from fused_megatron.reference.precision import widen
 
 WHOLE = (0, 0, 0, 0)
@@ -78,9 +78,9 @@ def _factor(
     rows: tuple[int, int, int, int],
     device: torch.device,
 ) -> torch.Tensor | float:
-    """Return the factor of every element: 1 / (1 - p) in fp32 if it is kept, 0 if it is dropped."""
+    """Return the factor of every element: keep_scale(p) in fp32 if it is kept, 0 if it is dropped."""
     if not 0.0 < p < 1.0:
         return 1.0 - p
     assert rng_state is not None
-    scale = torch.tensor(1.0 / (1.0 - p), dtype=torch.float32, device=device)
+    scale = torch.tensor(keep_scale(p), dtype=torch.float32, device=device)
     return torch.where(keep_mask(rng_state, global_indices(shape, rows, device), p), scale, 0.0)

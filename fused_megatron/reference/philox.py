@@ -1,14 +1,16 @@
 """Counter-based random numbers for dropout (Philox) in plain PyTorch: the definition of the scheme.
 
-Philox4x32-10 (Salmon, Moraes, Dror and Shaw, Parallel random numbers: as easy as 1, 2, 3, SC 2011). rng_state is
-(seed, offset), two int64. The element with global index g gets the random 32-bit word
+Philox4x32-7 (Salmon, Moraes, Dror and Shaw, Parallel random numbers: as easy as 1, 2, 3, SC 2011; seven rounds pass
+their tests of randomness). rng_state is (seed, offset), two int64. A block of four 32-bit words is
 
-    word(g) = philox4x32_10(counter=(g // 4, offset), key=seed)[g % 4]
+    block(b) = philox4x32_7(counter=(b, offset), key=seed)
 
-where the 128-bit counter is (low 32 bits of g // 4, high 32 bits of g // 4, low of offset, high of offset) and the key
-is (low of seed, high of seed). An element is kept if word(g) >= floor(p * 2^32), so that it is dropped with probability
-p, to 2^-32. csrc/philox.h computes the same bits in C++. (Initial weights, see sharding/initialization.py, use NumPy's
-generator, the 64-bit version of Philox.)
+where the 128-bit counter is (low 32 bits of b, high 32 bits of b, low of offset, high of offset) and the key is (low of
+seed, high of seed). In dropout the element with global index g has 16 bits of them: half g % 8 of block(g // 8), where
+the low half of a word comes before its high half. It is kept if they are at least round(p * 2^16): p is rounded to a
+multiple of 2^-16, and kept elements are multiplied by 1 / (1 - p) for this p. csrc/philox.h computes the same bits in
+C++. Other random numbers have 32 bits: word g % 4 of block(g // 4). (Initial weights, see sharding/initialization.py,
+use NumPy's generator, the 64-bit version of Philox.)
 """
 
 import torch
@@ -16,11 +18,15 @@ import torch
 _MASK = 0xFFFFFFFF
 _MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 _WEYL = (0x9E3779B9, 0xBB67AE85)
-_ROUNDS = 10
+_ROUNDS = 7
+_STEPS = 1 << 16  # p is a multiple of 1 / _STEPS
+
+MASK_VERSION = 2
+"""Version of these random numbers, in checkpoints. 1 had ten rounds, and 32 bits for an element in dropout."""
 
 
 def philox4x32(counter: tuple[torch.Tensor, ...], key: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
-    """Return ten rounds of Philox. Every 32-bit word is an int64 tensor: 4 counter words, 2 key words, one shape."""
+    """Return seven rounds of Philox. Every 32-bit word is an int64 tensor: 4 counter words, 2 key words, one shape."""
     c0, c1, c2, c3 = counter
     key0, key1 = key
     for _ in range(_ROUNDS):
@@ -57,7 +63,21 @@ def rows_of_random_words(rng_state: torch.Tensor, starts: torch.Tensor, length: 
 
 def keep_mask(rng_state: torch.Tensor, index: torch.Tensor, p: float) -> torch.Tensor:
     """Return, for each global index, whether dropout with probability p < 1 keeps the element; bool."""
-    return random_words(rng_state, index) >= int(p * 2**32)
+    seed, offset = rng_state.unbind()
+    block, half = index >> 3, index & 7
+    w0, w1, w2, w3 = philox4x32((*_halves(block), *_halves(offset)), _halves(seed))
+    word = torch.where(half < 4, torch.where(half < 2, w0, w1), torch.where(half < 6, w2, w3))
+    return ((word >> 16 * (half & 1)) & 0xFFFF) >= drop_threshold(p)
+
+
+def drop_threshold(p: float) -> int:
+    """Return p * 2^16, rounded; less than 2^16, since only p = 1, without random numbers, drops everything."""
+    return min(int(p * _STEPS + 0.5), _STEPS - 1)
+
+
+def keep_scale(p: float) -> float:
+    """Return the factor of kept elements: 1 / (1 - p) for the rounded p; 0 for p = 1."""
+    return _STEPS / (_STEPS - drop_threshold(p)) if p < 1.0 else 0.0
 
 
 def _halves(value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

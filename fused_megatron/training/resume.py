@@ -13,7 +13,9 @@ from fused_megatron.checkpoint import Manifest, TensorBox
 from fused_megatron.checkpoint.model_state import optimizer_boxes, parameter_boxes
 from fused_megatron.checks import InputError, check
 from fused_megatron.config import OptimizerConfig, TrainConfig
+from fused_megatron.config.model import TransformerConfig
 from fused_megatron.data_parallel.optimizer import Optimizer
+from fused_megatron.reference.philox import MASK_VERSION
 from fused_megatron.sharding import Rows
 from fused_megatron.training.learning_rate import learning_rate
 
@@ -72,6 +74,22 @@ def learning_rate_jump(saved: Mapping[str, Any], config: TrainConfig, step: int)
     if before == now:
         return None
     return f"the learning rate of step {step + 1} is {now:.3g}; with the checkpoint's settings it would be {before:.3g}"
+
+
+def other_dropout_masks(state: Mapping[str, Any], model_config: TransformerConfig) -> str | None:
+    """Describe the random numbers of a checkpoint's release if a resumed run draws others; else return None.
+
+    Args:
+        state: of the checkpoint; releases before version 2 did not write a version.
+        model_config: of the run.
+    """
+    version = state.get("dropout_mask", 1)
+    if version == MASK_VERSION or not model_config.has_dropout:
+        return None
+    return (
+        f"has dropout masks of version {version}, and this release draws version {MASK_VERSION}: the run goes on with "
+        "other masks (resume with the release that wrote it for the same masks)"
+    )
 
 
 def check_same_state(checkpoint: Path, saved: Mapping[str, Any], config: TrainConfig) -> None:

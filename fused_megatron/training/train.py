@@ -40,7 +40,13 @@ from fused_megatron.training.memory_check import check_memory
 from fused_megatron.training.presence import Presence
 from fused_megatron.training.process_group import ThisRank, joined_ranks, on_every_rank, world_group
 from fused_megatron.training.progress import Reporter
-from fused_megatron.training.resume import ResumedTensors, check_same_state, learning_rate_jump, settings_that_differ
+from fused_megatron.training.resume import (
+    ResumedTensors,
+    check_same_state,
+    learning_rate_jump,
+    other_dropout_masks,
+    settings_that_differ,
+)
 from fused_megatron.training.run_folder_lease import Lease
 from fused_megatron.training.same_start import check_same_config, check_same_data
 from fused_megatron.training.stop_request import StopRequest
@@ -236,6 +242,9 @@ def _resume(trainer: Trainer, model_config: TransformerConfig) -> None:
         trainer.reporter.say(f"resuming from {checkpoint} (step {trainer.progress.step})")
         if not weights_only:
             _report_differing_settings(trainer, state["config"])
+            other_masks = other_dropout_masks(state, model_config)
+            if other_masks is not None:
+                trainer.reporter.say(f"warning: {checkpoint} {other_masks}")
         if not weights_only and state.get("data") != trainer.data.fingerprint:
             trainer.reporter.say(
                 f"warning: {checkpoint} was trained on other data than {trainer.data.description}; the run goes on "

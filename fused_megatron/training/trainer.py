@@ -27,6 +27,7 @@ from fused_megatron.observe.named_ranges import NamedRanges, marker_for
 from fused_megatron.observe.product_speed import product_flops_per_s
 from fused_megatron.pipeline.schedule.action import Action
 from fused_megatron.planning.prediction.beside_measured import BesideMeasured
+from fused_megatron.reference.philox import MASK_VERSION
 from fused_megatron.sharding import mark_all_shards
 from fused_megatron.sharding.gradient_norm import non_finite_gradients
 from fused_megatron.training.evaluation import evaluate
@@ -404,6 +405,7 @@ class Trainer:
             "data": self.data.fingerprint,
             "config": dataclasses.asdict(self.config),
             "layout": self.layout(),
+            "dropout_mask": MASK_VERSION,
         }
 
 

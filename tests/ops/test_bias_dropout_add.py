@@ -5,7 +5,7 @@ import torch
 
 from fused_megatron.checks import InputError
 from fused_megatron.ops import bias_dropout_add
-from fused_megatron.reference.philox import keep_mask
+from fused_megatron.reference.philox import keep_mask, keep_scale
 from fused_megatron.testing.op_contract import CLAUSES, CPU_CLAUSES, Contract
 from fused_megatron.testing.tolerances import assert_close_to_reference
 
@@ -47,7 +47,7 @@ def keep_of(shape, device, p, seed=SEED):
 
 def torch_bias_dropout_add(keep, p):
     """Compute the same in torch, with a given mask."""
-    scale = 0.0 if p == 1.0 else 1.0 / (1.0 - p)
+    scale = keep_scale(p)
 
     def call(x, bias, residual):
         return residual + (x if bias is None else x + bias) * keep * scale

@@ -132,13 +132,21 @@ def test_residual(op, dtype, stream, use_total, zero_centered_weight, device):
         check(op, (inputs, dy if use_total else dy[:1]), zero_centered_weight=zero_centered_weight)
 
 
-# For each dtype: 1, 4 and 16 warps per row; then rows too long for a block's registers. Odd widths: narrow accesses.
-@pytest.mark.parametrize("width", [8, 1000, 1032, 4104, 16392, 7, 1023, 1025, 16391])
+# For each dtype: 1, 4, 8 and 16 warps per row; then rows too long for a block's registers. Odd widths: narrow accesses.
+@pytest.mark.parametrize("width", [8, 1000, 1032, 4104, 8200, 16392, 7, 1023, 1025, 16391])
 @pytest.mark.parametrize("dtype,stream", [(FLOAT, None), (BFLOAT, None), (BFLOAT, FLOAT)])
 @pytest.mark.parametrize("op", OPS)
 def test_every_width(op, dtype, stream, width, device):
     rows = 21 if width <= 32 else 3 if width <= 4096 else 2
     check(op, draw(op, (rows, width), dtype, stream=stream, device=device))
+
+
+# With the three multiprocessors of the emulation each block makes five rounds or more: a ring's slots are used again.
+@pytest.mark.parametrize("width,rows", [(8, 241), (1032, 61), (4104, 31), (8200, 16)])
+@pytest.mark.parametrize("stream", [None, FLOAT])
+@pytest.mark.parametrize("op", OPS)
+def test_many_rounds(op, stream, width, rows, device):
+    check(op, draw(op, (rows, width), BFLOAT, stream=stream, device=device))
 
 
 # float32 rows of this width with both gradients fill the shared memory of a block; 16-bit rows do not.

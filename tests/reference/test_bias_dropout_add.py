@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from fused_megatron.reference import bias_dropout_add as reference
-from fused_megatron.reference.philox import keep_mask
+from fused_megatron.reference.philox import keep_mask, keep_scale
 
 RNG_STATE = torch.tensor([12345678901234567, 42])
 
@@ -17,7 +17,7 @@ def test_forward_and_backward_are_the_formula(p, has_bias, dtype):
     x, residual, dy = (torch.randn(3, 4, 9, generator=generator).to(dtype) for _ in range(3))
     bias = torch.randn(9, generator=generator).to(dtype) if has_bias else None
     keep = keep_mask(RNG_STATE, torch.arange(3 * 4 * 9).reshape(3, 4, 9), p) if p < 1.0 else torch.zeros(3, 4, 9)
-    factor = keep.double() / (1.0 - p) if p < 1.0 else keep.double()
+    factor = keep.double() * keep_scale(p)
     exact_y = residual.double() + (x.double() + (0.0 if bias is None else bias.double())) * factor
     rng_state = RNG_STATE if 0.0 < p < 1.0 else None
     y = reference.bias_dropout_add_forward(x, bias, residual, rng_state, p, *reference.WHOLE)

@@ -8,16 +8,16 @@ from fused_megatron.reference import philox
 ONES = 0xFFFFFFFF
 
 
-# Random123's known answers (kat_vectors, philox4x32-10): counter, key, result.
+# Random123's known answers (kat_vectors, philox4x32-7): counter, key, result.
 @pytest.mark.parametrize(
     ("counter", "key", "expected"),
     [
-        ((0, 0, 0, 0), (0, 0), (0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8)),
-        ((ONES,) * 4, (ONES,) * 2, (0x408F276D, 0x41C83B0E, 0xA20BC7C6, 0x6D5451FD)),
+        ((0, 0, 0, 0), (0, 0), (0x5F6FB709, 0x0D893F64, 0x4F121F81, 0x4F730A48)),
+        ((ONES,) * 4, (ONES,) * 2, (0x5207DDC2, 0x45165E59, 0x4D8EE751, 0x8C52F662)),
         (
             (0x243F6A88, 0x85A308D3, 0x13198A2E, 0x03707344),
             (0xA4093822, 0x299F31D0),
-            (0xD16CFE09, 0x94FDCCEB, 0x5001E420, 0x24126EA1),
+            (0x4DFCCABA, 0x190A87F0, 0xC47362BA, 0xB6B5242A),
         ),
     ],
 )
@@ -58,9 +58,28 @@ def test_elements_are_kept_with_the_right_probability(p):
 
 
 def test_the_threshold_is_exact():
-    # Element 0 has this random word for seed 0 and offset 0: it is kept for p = word / 2^32, dropped just above.
-    word = 0x6627E8D5
-    rng_state, index = torch.zeros(2, dtype=torch.int64), torch.tensor([0])
-    assert philox.keep_mask(rng_state, index, word / 2**32).item()
-    assert not philox.keep_mask(rng_state, index, (word + 1) / 2**32).item()
-    assert not philox.keep_mask(torch.tensor([5, 6]), torch.arange(10_000), 1.0 - 2**-53).any()
+    # Elements 0 and 1 have the halves of this word for seed 0 and offset 0: each is kept for p = half / 2^16, dropped
+    # for the next p.
+    low, high = 0xB709, 0x5F6F
+    rng_state = torch.zeros(2, dtype=torch.int64)
+    for index, half in ((0, low), (1, high)):
+        element = torch.tensor([index])
+        assert philox.keep_mask(rng_state, element, half / 2**16).item()
+        assert philox.keep_mask(rng_state, element, (half + 0.49) / 2**16).item()
+        assert not philox.keep_mask(rng_state, element, (half + 1) / 2**16).item()
+    assert not philox.keep_mask(torch.tensor([5, 6]), torch.arange(1_000), 1.0 - 2**-53).any()
+
+
+def test_halves_are_in_the_order_of_the_words():
+    rng_state, index = torch.tensor([5, 6]), torch.arange(80) + 16 * 2**33
+    words = philox.random_words(rng_state, torch.arange(40) + 8 * 2**33)
+    halves = torch.stack([words & 0xFFFF, words >> 16], dim=-1).flatten()
+    for p in (0.1, 0.5, 0.9):
+        assert torch.equal(philox.keep_mask(rng_state, index, p), halves >= round(p * 2**16))
+
+
+@pytest.mark.parametrize(("p", "used"), [(0.1, 6554), (0.5, 2**15), (2**-18, 0), (1.0 - 2**-20, 2**16 - 1)])
+def test_the_scale_belongs_to_the_rounded_probability(p, used):
+    assert philox.drop_threshold(p) == used
+    assert philox.keep_scale(p) == 1.0 / (1.0 - used / 2**16)
+    assert philox.keep_scale(1.0) == 0.0

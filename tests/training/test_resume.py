@@ -24,9 +24,15 @@ from fused_megatron.checkpoint import (
 from fused_megatron.checkpoint.model_state import optimizer_boxes, parameter_boxes
 from fused_megatron.checks import InputError
 from fused_megatron.config import DataConfig, GPTConfig, OptimizerConfig, ParallelConfig, TrainConfig, TrainingConfig
+from fused_megatron.reference.philox import MASK_VERSION
 from fused_megatron.sharding import mark_all_shards
 from fused_megatron.testing import run_on_ranks
-from fused_megatron.training.resume import check_same_state, learning_rate_jump, settings_that_differ
+from fused_megatron.training.resume import (
+    check_same_state,
+    learning_rate_jump,
+    other_dropout_masks,
+    settings_that_differ,
+)
 from fused_megatron.training.train import train
 
 
@@ -78,6 +84,15 @@ def test_a_jump_of_the_learning_rate_is_told(tmp_path: Path) -> None:
     own = {"decay_steps": 50}
     saved = dataclasses.asdict(config_for(tmp_path, num_steps=100, **own))
     assert learning_rate_jump(saved, config_for(tmp_path, num_steps=1000, **own), 100) is None
+
+
+def test_a_checkpoint_with_masks_of_another_version_is_told(tmp_path: Path) -> None:
+    plain, dropping = config_for(tmp_path).model, config_for(tmp_path, hidden_dropout=0.1).model
+    assert other_dropout_masks({"dropout_mask": MASK_VERSION}, dropping) is None
+    assert other_dropout_masks({}, plain) is None
+    found = other_dropout_masks({}, dropping)
+    assert found is not None and found.startswith("has dropout masks of version 1, and this release draws version 2: ")
+    assert other_dropout_masks({"dropout_mask": 3}, dropping) is not None
 
 
 def test_a_prolonged_run_says_what_differs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
