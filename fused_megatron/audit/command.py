@@ -14,7 +14,7 @@ from fused_megatron.audit.cost_table import (
     what_is_missing,
 )
 from fused_megatron.audit.kernels import OPS
-from fused_megatron.audit.occupancy import LIMITS
+from fused_megatron.audit.occupancy import BANDWIDTHS, LIMITS
 from fused_megatron.checks import InputError
 from fused_megatron.terminal_tables import print_report
 
@@ -67,6 +67,18 @@ def run_audit(arguments: AuditArguments) -> int:
     return 1 if exceeded else 0
 
 
+def _bandwidths() -> str:
+    return " / ".join(", ".join(f"{bandwidth:g}" for bandwidth in of_arch) for of_arch in BANDWIDTHS.values())
+
+
+def _instruction_limits() -> str:
+    return "; ".join(
+        f"{op} " + ", ".join(f"{step} {limit:g}" for step, limit in entry.instructions.items())
+        for op, entry in OPS.items()
+        if entry.instructions
+    )
+
+
 def ledger(rows: list[Row], archs: list[str]) -> str:
     """Return the text of docs/kernel_ledger.md."""
     faults = "".join(f"- {line}\n" for line in known_faults(rows)) or "None.\n"
@@ -82,12 +94,19 @@ Compilers: {versions()}. Architectures: {" / ".join(archs)}; figures that differ
   counted once. CUDA kernels are counted while they run on the host, with 8192 tokens and 132 multiprocessors, one
   access of a warp at a time: bytes that several lanes access count once; bytes that a later access repeats count again.
   Triton kernels: elements that programs load and store in the interpreter, without masked elements.
+- **instructions**: that a thread issues for an element of the output (adamw and sum_of_squares: of the weight) in the
+  main loop, with the fixed part of a row: the length of the path through the machine code that makes the accesses of a
+  full row (`fused_megatron/audit/instruction_path.py`). "-": no such path, or a kernel that moves few bytes.
+- **issue slots**: the share of its issue slots (4 instructions of a warp in a clock) that a multiprocessor needs to
+  move the bytes of the kernel at full bandwidth: A100 / H100, H200 / B200, with {_bandwidths()}
+  bytes per clock and multiprocessor. Above about 0.6 (16 warps that wait for each other) or 0.75 (32 free warps)
+  instructions limit the speed, not the memory.
 - **partials**: the part of bytes / bound for partial sums of parameter gradients, which are written and read once more.
 - widths: the hidden size (gated activations read twice as much), or the columns of a vocabulary shard. adamw and
   sum_of_squares: the columns of a weight with 64 rows.
 
 Limits: nothing spilled; 128-bit loads and stores; at most 1.02 times the bound without partial sums; partial sums at
-most 2% of the bound.
+most 2% of the bound; instructions (bf16 on sm_90a) at most: {_instruction_limits()}.
 
 ## Exceeded limits and reasons
 

@@ -8,8 +8,9 @@ from dataclasses import dataclass
 from fused_megatron.audit import machine_code
 from fused_megatron.audit.bytes_issued import KernelCounts, StepCounts, count_bytes
 from fused_megatron.audit.cuda_emulation import CSRC, host_compiler
+from fused_megatron.audit.instruction_path import instructions_per_element
 from fused_megatron.audit.kernels import DTYPES, OPS, PARTIALS_LIMIT, RATIO_LIMIT, source_of
-from fused_megatron.audit.occupancy import LIMITS, occupancy
+from fused_megatron.audit.occupancy import BANDWIDTHS, ISSUED_PER_CLOCK, LIMITS, occupancy
 from fused_megatron.audit.triton_launches import CompiledLaunch, triton_code
 from fused_megatron.optional_packages import install_command
 
@@ -23,6 +24,9 @@ class Row:
     Attributes:
         ratio: bytes issued / bytes that must move, for the whole direction of the op.
         partials: the part of ratio for partial sums, which are written and read again.
+        instructions: of a thread for an element; None where the main loop has no wide accesses.
+        bytes: that the kernel moves for an element.
+        limit: of instructions, or None.
         known: the reason why a limit may be exceeded here; "" if there is none.
     """
 
@@ -40,17 +44,27 @@ class Row:
     store_bits: str
     ratio: float
     partials: float
+    instructions: float | None = None
+    bytes: float = 0.0
+    limit: float | None = None
     known: str = ""
 
     @property
     def is_main(self) -> bool:
         """Whether widths matter: kernels that finish a sum over partial results move hardly any bytes."""
-        return not any(part in self.kernel for part in ("finish", "merge"))
+        return _is_main(self.kernel)
 
     @property
     def stores_much(self) -> bool:
         """Whether the widths of stores matter: a kernel that stores a few numbers a row or block has no wide ones."""
         return not any(part in self.kernel for part in ("statistics", "sum_of_squares"))
+
+    @property
+    def issue_slots(self) -> list[float]:
+        """Issue slots needed at full bandwidth / all issue slots, on each GPU of the architecture."""
+        if self.instructions is None:
+            return []
+        return [self.instructions * bandwidth / self.bytes / ISSUED_PER_CLOCK for bandwidth in BANDWIDTHS[self.arch]]
 
     def faults(self) -> list[str]:
         """Return a text for each limit that is exceeded."""
@@ -64,7 +78,13 @@ class Row:
             faults.append(f"{self.ratio - self.partials:.3f} times the bytes that must move (limit {RATIO_LIMIT})")
         if self.partials > PARTIALS_LIMIT:
             faults.append(f"partial sums take {self.partials:.1%} (limit {PARTIALS_LIMIT:.0%})")
+        if self.limit is not None and (self.instructions is None or self.instructions > self.limit):
+            faults.append(f"{_figure(self.instructions, 1)} instructions an element (limit {self.limit:g})")
         return faults
+
+
+def _is_main(kernel: str) -> bool:
+    return not any(part in kernel for part in ("finish", "merge"))
 
 
 def cases(only_op: str | None = None, quick: bool = False) -> list[Case]:
@@ -133,6 +153,11 @@ def _row(
     case: Case, step: StepCounts, kernel: str, arch: str, code: machine_code.Code, threads: int, dynamic_shared: int
 ) -> Row:
     op, width, dtype = case
+    entry = OPS[op]
+    elements = entry.rows * width * entry.elements
+    counts = next((k for k in step.kernels if elements and _is_main(kernel) and _short(k) == kernel), None)
+    loaded, stored = (counts.loaded / elements, counts.stored / elements) if counts is not None else (0.0, 0.0)
+    instructions = instructions_per_element(code.paths, loaded, stored, entry.thread_elements.get(dtype))
     shared = code.shared_bytes + dynamic_shared
     partials = 2 * sum(k.loaded for k in step.kernels if "finish" in k.name)
     return Row(
@@ -150,7 +175,10 @@ def _row(
         store_bits=_bits(code.store_widths),
         ratio=step.issued_bytes / step.bound_bytes,
         partials=partials / step.bound_bytes,
-        known=OPS[op].known.get((step.step, width, dtype), ""),
+        instructions=instructions,
+        bytes=loaded + stored,
+        limit=entry.instructions.get(step.step) if (dtype, arch) == ("bf16", "sm_90a") and _is_main(kernel) else None,
+        known=entry.known.get((step.step, width, dtype), ""),
     )
 
 
@@ -176,8 +204,10 @@ _COLUMNS = (
     "stores",
     "bytes / bound",
     "partials",
+    "instructions",
+    "issue slots",
 )
-_FIRST_OF_ARCH, _LAST_OF_ARCH = 5, 10  # the columns with one figure per architecture
+_OF_ARCH = (5, 6, 7, 8, 9, 10, 13, 14)  # the columns with one figure per architecture
 
 
 def cells(rows: Sequence[Row]) -> tuple[str, ...]:
@@ -201,7 +231,13 @@ def cells(rows: Sequence[Row]) -> tuple[str, ...]:
         each([r.store_bits for r in rows]),
         f"{row.ratio:.3f}",
         f"{row.partials:.3f}",
+        each([_figure(r.instructions, 1) for r in rows]),
+        each([", ".join(f"{share:.2f}" for share in r.issue_slots) or "-" for r in rows]),
     )
+
+
+def _figure(value: float | None, digits: int) -> str:
+    return "-" if value is None else f"{value:.{digits}f}"
 
 
 def lines(rows: Sequence[Row]) -> list[tuple[str, ...]]:
@@ -214,8 +250,7 @@ def lines(rows: Sequence[Row]) -> list[tuple[str, ...]]:
 
 def of_arch(line: tuple[str, ...], index: int) -> tuple[str, ...]:
     """Return the line with the figures of one architecture only, by its index in the table."""
-    one = [c.split(" / ")[index] if " / " in c else c for c in line[_FIRST_OF_ARCH : _LAST_OF_ARCH + 1]]
-    return (*line[:_FIRST_OF_ARCH], *one, *line[_LAST_OF_ARCH + 1 :])
+    return tuple(c.split(" / ")[index] if i in _OF_ARCH and " / " in c else c for i, c in enumerate(line))
 
 
 def table(rows: Sequence[Row]) -> str:

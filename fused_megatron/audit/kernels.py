@@ -46,6 +46,10 @@ class Op:
             an op over weights: rows of a matrix.
         language: "cuda" or "triton".
         known: maps (step, width, dtype) to the reason why a limit is exceeded there.
+        instructions: maps step to the limit of instructions for an element (bf16 on sm_90a).
+        elements: of the output, for each token and column of the width; 0: instructions are not counted.
+        thread_elements: maps dtype to the elements of a thread in an iteration of the main loop; without it they are
+            found from the accesses.
     """
 
     steps: Callable[[int, int, torch.dtype], list[Step]]
@@ -53,6 +57,9 @@ class Op:
     rows: int = TOKENS
     language: str = "cuda"
     known: dict[tuple[str, int, str], str] = field(default_factory=dict)
+    instructions: dict[str, float] = field(default_factory=dict)
+    elements: float = 1.0
+    thread_elements: dict[str, int] = field(default_factory=dict)
 
 
 def _new(*shape: int, dtype: torch.dtype = torch.float32, grad: bool = True) -> torch.Tensor:
@@ -283,6 +290,9 @@ def _weighted_swiglu(rows: int, width: int, dtype: torch.dtype) -> list[Step]:
     return _both(lambda: ops.weighted_swiglu(x, weight), (x, weight), ((x, weight), (y,)), backward, y)
 
 
+_NORM_ELEMENTS = {"bf16": 32, "fp32": 32}  # kNormColumns in csrc/norm/rows.cuh
+_UPDATE_ELEMENTS = {"bf16": 8, "fp32": 8}  # two accesses of a thread to each float32 tensor in csrc/adamw/kernels.cuh
+_TILE_ELEMENTS = {"bf16": 16, "fp32": 8}  # _LANES vectors for 128 threads in kernels/cross_entropy.py
 _PARTIALS = (
     "each of 132 multiprocessors has 62 rows, 372 bytes per column, and two float32 sums, 16 bytes per column to write "
     "and read; fewer blocks would leave multiprocessors idle"
@@ -299,17 +309,23 @@ _OF_SEQUENCE = "each token reads the gradients of the sums of its sequence, E nu
 _SPILLS = "a program holds a whole row in registers, and ptxas spills two of them"
 
 OPS: dict[str, Op] = {
-    "adamw": Op(_adamw, (1024, 4096), rows=_MATRIX_ROWS),
-    "bias_dropout_add": Op(_bias_dropout_add, HIDDEN),
-    "bias_geglu": Op(_gated("bias_geglu"), HIDDEN),
-    "bias_gelu": Op(_bias_gelu, HIDDEN),
-    "bias_swiglu": Op(_gated("bias_swiglu"), HIDDEN),
-    "layer_norm": Op(_layer_norm, HIDDEN, known={("backward", width, "bf16"): _PARTIALS for width in HIDDEN}),
-    "rms_norm": Op(_rms_norm, HIDDEN),
-    "rms_norm, residual": Op(_rms_norm_residual, HIDDEN),
-    "rotary_embedding": Op(_rotary_embedding, HIDDEN),
+    "adamw": Op(_adamw, (1024, 4096), rows=_MATRIX_ROWS, thread_elements=_UPDATE_ELEMENTS),
+    "bias_dropout_add": Op(_bias_dropout_add, HIDDEN, instructions={"forward": 18, "backward": 17}),
+    "bias_geglu": Op(_gated("bias_geglu"), HIDDEN, instructions={"forward": 20, "backward": 35}),
+    "bias_gelu": Op(_bias_gelu, HIDDEN, instructions={"forward": 16, "backward": 26}),
+    "bias_swiglu": Op(_gated("bias_swiglu"), HIDDEN, instructions={"forward": 18, "backward": 31}),
+    "layer_norm": Op(
+        _layer_norm,
+        HIDDEN,
+        instructions={"forward": 18, "backward": 26},
+        thread_elements=_NORM_ELEMENTS,
+        known={("backward", width, "bf16"): _PARTIALS for width in HIDDEN},
+    ),
+    "rms_norm": Op(_rms_norm, HIDDEN, instructions={"forward": 14, "backward": 22}, thread_elements=_NORM_ELEMENTS),
+    "rms_norm, residual": Op(_rms_norm_residual, HIDDEN, thread_elements=_NORM_ELEMENTS),
+    "rotary_embedding": Op(_rotary_embedding, HIDDEN, elements=1.25),
     "sum_of_squares": Op(_sum_of_squares, (1024, 4096), rows=_MATRIX_ROWS),
-    "cross_entropy": Op(_cross_entropy, VOCAB, rows=4, language="triton"),
+    "cross_entropy": Op(_cross_entropy, VOCAB, rows=4, language="triton", thread_elements=_TILE_ELEMENTS),
     "scaled_masked_softmax": Op(
         _scaled_masked_softmax, HIDDEN, rows=16, language="triton", known={("backward", 4096, "fp32"): _SPILLS}
     ),
@@ -319,14 +335,16 @@ OPS: dict[str, Op] = {
         EXPERTS,
         rows=256,
         language="triton",
+        elements=0,
         known={("sort", width, dtype): _SORT for width in EXPERTS for dtype in DTYPES},
     ),
-    "expert_permutation, permute": Op(_permute_tokens, HIDDEN, rows=16, language="triton"),
+    "expert_permutation, permute": Op(_permute_tokens, HIDDEN, rows=16, language="triton", elements=_SELECTED),
     "expert_routing": Op(
         _expert_routing,
         EXPERTS,
         rows=256,
         language="triton",
+        elements=0,
         known={
             (step, width, dtype): reason
             for step, reason in (("forward", _ROUTED), ("backward", _OF_SEQUENCE))

@@ -19,6 +19,7 @@ import torch
 
 from fused_megatron import extension
 from fused_megatron.audit.cuda_emulation import CSRC, ROOT, cuda_sources
+from fused_megatron.audit.instruction_path import InstructionPath, listing, main_paths
 from fused_megatron.audit.occupancy import LIMITS
 from fused_megatron.optional_packages import install_command
 
@@ -27,13 +28,19 @@ CACHE = ROOT / "build" / "audit"
 
 @dataclass(frozen=True)
 class Code:
-    """Resources of one compiled kernel. Widths: instructions that access global memory, by their width in bits."""
+    """Resources of one compiled kernel.
+
+    Attributes:
+        load_widths, store_widths: instructions that access global memory, by their width in bits.
+        paths: instructions on the ways through the main loop (instruction_path.main_paths).
+    """
 
     registers: int
     spilled_bytes: int
     shared_bytes: int
     load_widths: dict[int, int]
     store_widths: dict[int, int]
+    paths: tuple[InstructionPath, ...] = ()
 
 
 @functools.cache
@@ -127,7 +134,8 @@ def read_code(binary: Path, symbol: str, resources: dict[str, int], arch: str) -
     local = len(re.findall(r"\b(?:STL|LDL)\b", sass))
     # Spilled registers are in the stack frame; our kernels use the stack for nothing else.
     spilled = max(resources["STACK"], resources["LOCAL"], 4 * local)
-    return Code(resources["REG"], spilled, resources["SHARED"], loads, stores)
+    paths = tuple(main_paths(listing(binary, arch, symbol, str(tool("cuobjdump")))))
+    return Code(resources["REG"], spilled, resources["SHARED"], loads, stores, paths)
 
 
 @functools.cache

@@ -1,4 +1,4 @@
-"""Occupancy of a multiprocessor: resident warps by the limits in NVIDIA's CUDA programming guide."""
+"""Limits of a multiprocessor in NVIDIA's CUDA programming guide and data sheets, and the resident warps by them."""
 
 from dataclasses import dataclass
 
@@ -19,6 +19,11 @@ LIMITS = {
     "sm_90a": Limits(64, 32, 228 * 1024),
     "sm_100a": Limits(64, 32, 228 * 1024),
 }
+# Memory bandwidth of a multiprocessor in bytes per clock: of an A100 (2.04 TB/s, 108 multiprocessors, 1.41 GHz); of an
+# H100 (3.35 TB/s) and an H200 (4.8 TB/s), both with 132 at 1.755 GHz; of a B200 (8 TB/s, 148 at 1.85 GHz).
+BANDWIDTHS = {"sm_80": (13.4,), "sm_90a": (14.5, 20.7), "sm_100a": (29.2,)}
+ISSUED_PER_CLOCK = 4 * WARP  # instructions of threads that a multiprocessor issues in a clock
+
 _REGISTERS = 65536
 _PARTITIONS = 4  # of a multiprocessor; each has a quarter of the registers
 _REGISTER_UNIT = 256  # a warp gets registers in multiples of this

@@ -8,6 +8,7 @@ prints one line of JSON: for each (OP, WIDTH, DTYPE) a list of CompiledLaunch.
 """
 
 import contextlib
+import dataclasses
 import json
 import os
 import re
@@ -21,6 +22,7 @@ from typing import Any
 
 import torch
 
+from fused_megatron.audit.instruction_path import InstructionPath
 from fused_megatron.audit.kernels import DTYPES, OPS, TOKENS
 from fused_megatron.audit.machine_code import Code, parsed_resources, read_code, tool
 from fused_megatron.audit.triton_compiler import triton_source
@@ -69,6 +71,7 @@ def _from_json(launch: dict[str, Any]) -> CompiledLaunch:
     code = launch.pop("code")
     for name in ("load_widths", "store_widths"):
         code[name] = {int(bits): count for bits, count in code[name].items()}
+    code["paths"] = tuple(InstructionPath(**path) for path in code["paths"])
     return CompiledLaunch(**launch, code=Code(**code))
 
 
@@ -119,7 +122,7 @@ def compiled_code(launch: Launch, arch: str) -> Code:
         code = read_code(cubin, symbol, resources, arch)
     # Shared memory is requested at launch, so that the machine code does not contain its size.
     shared = int(compiled.metadata.shared)
-    return Code(code.registers, code.spilled_bytes, shared, code.load_widths, code.store_widths)
+    return dataclasses.replace(code, shared_bytes=shared)
 
 
 def main(arguments: list[str]) -> None:

@@ -5,6 +5,7 @@ import re
 from pathlib import Path
 
 import pytest
+import torch
 
 from fused_megatron.audit import cost_table
 from fused_megatron.audit.kernels import OPS
@@ -30,6 +31,9 @@ def test_limits():
     assert but(ratio=1.03).faults() == ["1.030 times the bytes that must move (limit 1.02)"]
     assert but(ratio=1.035, partials=0.018).faults() == []
     assert but(ratio=1.035, partials=0.025).faults() == ["partial sums take 2.5% (limit 2%)"]
+    assert but(instructions=20.0, bytes=4.0, limit=20.0).faults() == []
+    assert but(instructions=20.1, bytes=4.0, limit=20.0).faults() == ["20.1 instructions an element (limit 20)"]
+    assert but(limit=20.0).faults() == ["- instructions an element (limit 20)"]
     broken = but(ratio=1.03)
     assert len(cost_table.exceeded_limits([broken])) == 1
     known = dataclasses.replace(broken, known="the reason")
@@ -42,6 +46,23 @@ def test_table():
     assert lines == cost_table.lines(rows) and len(lines) == 2
     assert "38 / 40 / 40" in lines[0]
     assert cost_table.of_arch(lines[0], 1) == cost_table.lines([ROW])[0]
+
+
+def test_issue_slots():
+    # The work of 128 lanes in a clock, against the bytes of a clock: 21 instructions for 4 bytes.
+    rows = [but(arch=arch, instructions=21.0, bytes=4.0) for arch in LIMITS]
+    assert [round(share, 2) for row in rows for share in row.issue_slots] == [0.55, 0.59, 0.85, 1.2]
+    (line,) = cost_table.lines(rows)
+    assert line[-2:] == ("21.0", "0.55 / 0.59, 0.85 / 1.20")
+    assert cost_table.of_arch(line, 1)[-2:] == ("21.0", "0.59, 0.85")
+    assert cost_table.lines([ROW])[0][-2:] == ("-", "-")
+
+
+def test_every_limit_of_instructions_is_of_a_step_that_exists():
+    for name, op in OPS.items():
+        if op.instructions:
+            steps = [step.name for step in op.steps(2, 1024, torch.bfloat16)]
+            assert set(op.instructions) <= set(steps), name
 
 
 def ledger():
