@@ -90,5 +90,5 @@ def model_text(config: TrainConfig) -> str:
     experts = f", {model.num_experts} experts" if model.num_experts else ""
     return (
         f"GPT of {model.num_layers} layers of {model.hidden_size}, {model.seq_len} tokens, "
-        f"{model.vocab_size} in the vocabulary{experts}, {config.training.dtype}"
+        f"{model.vocab_size} in the vocabulary{experts}, {config.training.weight_dtype}"
     )
