@@ -79,6 +79,18 @@ def test_the_ledger_has_these_compilers_and_ops():
     assert {line[0] for line in cost_table.parsed(text)} == set(OPS)
 
 
+def test_the_ledger_keeps_the_limits_of_instructions():
+    """Also where a kernel may exceed another limit for a known reason."""
+    found = set()
+    for line in cost_table.parsed(ledger()):
+        op, step, kernel, _, dtype = line[:5]
+        limit = OPS[op].instructions.get(step)
+        if limit is not None and dtype == "bf16" and "finish" not in kernel:
+            found.add((op, step))
+            assert float(cost_table.of_arch(line, list(LIMITS).index("sm_90a"))[13]) <= limit, line
+    assert found == {(name, step) for name, op in OPS.items() for step in op.instructions}
+
+
 def compare_with_ledger(cases, arch):
     text = ledger()
     rows = cost_table.audit(cases, [arch])
