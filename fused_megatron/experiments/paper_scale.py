@@ -169,7 +169,7 @@ def layout_text(config: TrainConfig, first: TrainConfig | None = None) -> str:
     microbatches = training.global_batch_size // training.microbatch_size // dp
     texts = [" ".join(words) or "one rank", f"{microbatches} x {training.microbatch_size}"]
     named = {"num_layers": "layers", "hidden_size": "wide", "seq_len": "tokens", "num_experts": "experts"}
-    for name, word in named.items() if first is not None else ():
-        if getattr(config.model, name) != getattr(first.model, name):
+    for name, word in named.items():
+        if first is not None and getattr(config.model, name) != getattr(first.model, name):
             texts.append(f"{getattr(config.model, name):,} {word}")
     return ", ".join(texts)
