@@ -162,7 +162,7 @@ def num_microbatches(config: TrainConfig) -> int:
 
 
 def test_every_size_of_the_papers_is_there() -> None:
-    assert set(PRESETS) == {*BILLIONS, *HYBRID}
+    assert set(PRESETS) == {*BILLIONS, *HYBRID, "gpt_7b_tp2"}  # docs/gpu_step.md has the last one
     assert len(configs(FEW)) - len(FAST_PRESETS) == 4 + 2
     assert len(configs((8, 64, 512))) - len(SLOW_PRESETS) == 10 + 6 * 3 + 2 * (16 + 12 * 3)
 

@@ -1,6 +1,7 @@
 """Matrix products of groups of rows, each with the weight of its group: the products of experts."""
 
 from collections.abc import Iterator, Sequence
+from itertools import accumulate
 
 import torch
 import torch.nn.functional as F
@@ -46,7 +47,7 @@ def grouped_product(
     Memory: saves nothing. Rows beyond the sum of counts on a device keep any value.
     """
     num_outputs = weight.shape[2 if transposed else 1]
-    if isinstance(counts, torch.Tensor) or x.device.type != "cpu":
+    if isinstance(counts, torch.Tensor) or x.is_cuda:
         y = F.grouped_mm(x, weight if transposed else weight.transpose(1, 2), offs=_ends(counts, x.device))
         return y if out is None else out.copy_(y)
     y = x.new_empty((x.shape[0], num_outputs)) if out is None else out
@@ -74,7 +75,7 @@ def grouped_weight_gradient(
     Returns:
         [G, O, I]; `into` if it is given. The gradient of a group without rows is 0.
     """
-    if isinstance(counts, torch.Tensor) or x.device.type != "cpu":
+    if isinstance(counts, torch.Tensor) or x.is_cuda:
         ends = _ends(counts, x.device)
         gradient = F.grouped_mm(grad.t(), x, offs=ends)
         if into is None:
@@ -93,5 +94,8 @@ def grouped_weight_gradient(
 
 def _ends(counts: Counts, device: torch.device) -> torch.Tensor:
     """Return the end of each group's rows, as torch's grouped products want it: int32 on the device."""
-    on_device = counts if isinstance(counts, torch.Tensor) else torch.tensor(counts, device=device)
-    return on_device.cumsum(0, dtype=torch.int32)
+    if isinstance(counts, torch.Tensor):
+        return counts.cumsum(0, dtype=torch.int32)
+    if len(set(counts)) == 1:  # experts with a capacity: no copy from the host
+        return torch.arange(1, len(counts) + 1, dtype=torch.int32, device=device) * counts[0]
+    return torch.tensor(list(accumulate(counts)), dtype=torch.int32).to(device, non_blocking=True)

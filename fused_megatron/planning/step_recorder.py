@@ -35,6 +35,7 @@ _READ_HOST_MEMORY = {
     ("tensor_parallel/embedding.py", "backward"),
     ("ops/linear_cross_entropy.py", "_scaled"),
     ("ops/linear_cross_entropy.py", "_add_scaled_"),
+    ("reference/vocab_embedding.py", "vocab_embedding_backward_"),
 }
 # Copies to the device start from pinned memory on a GPU only, where the host does not wait for them.
 _COPIES_OF_BATCHES = "data/batch.py"

@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from fused_megatron.ops.grouped_product import grouped_product, grouped_weight_gradient
+from fused_megatron.ops.grouped_product import _ends, grouped_product, grouped_weight_gradient
 from fused_megatron.ops.product import product
 
 COUNTS = [(3, 0, 5, 1), (0, 0, 9, 0), (0, 0, 0, 0)]
@@ -55,3 +55,10 @@ def test_counts_on_a_device(counts):
     grouped_weight_gradient(grad, x, tensor, total, accumulate=True)
     torch.testing.assert_close(total, gradient + 1)
     assert torch.equal(grouped_weight_gradient(grad, x, tensor, total), grouped_weight_gradient(grad, x, tensor))
+
+
+@pytest.mark.parametrize("counts", [*COUNTS, (4, 4, 4)])
+def test_ends_of_groups(counts):
+    ends = torch.tensor(counts).cumsum(0, dtype=torch.int32)
+    for found in (_ends(counts, torch.device("cpu")), _ends(torch.tensor(counts), torch.device("cpu"))):
+        assert found.dtype == torch.int32 and torch.equal(found, ends)

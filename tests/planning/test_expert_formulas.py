@@ -62,11 +62,17 @@ def test_a_rank_keeps_and_sends_what_the_formulas_say(name: str) -> None:
     kept = {memory.layer: num_bytes for memory, num_bytes in report.kept[0].items()}
     one, none = (dataclasses.replace(span, num_stages=9, stop=stop) for stop in (1, 0))
     both = dataclasses.replace(span, num_stages=9, stop=2)
-    for block, formula in (
-        ("blocks.0", stage_activations(config, one) - stage_activations(config, none)),
-        ("blocks.1", stage_activations(config, both) - stage_activations(config, one)),
-    ):
-        assert kept[block] == pytest.approx(formula, rel=0.01), block
+    # The norm after a layer of experts adds its result, so that the last norm keeps a sum that the formula counts in a
+    # block.
+    residual = 2 * config.training.microbatch_size * config.model.seq_len * config.model.hidden_size
+    formulas = {
+        "blocks.0": stage_activations(config, one) - stage_activations(config, none),
+        "blocks.1": stage_activations(config, both) - stage_activations(config, one),
+    }
+    for block, formula in formulas.items():
+        assert any(kept[block] == pytest.approx(formula - less, rel=0.01) for less in (0, residual)), block
+    found = sum(kept[block] for block in formulas) + residual
+    assert found == pytest.approx(sum(formulas.values()), rel=0.01)
     assert report.sent_to_experts[0] == expert_communication(config, span)
     assert report.peak_bytes == pytest.approx(rank_memory(config).total, rel=0.15)
 
