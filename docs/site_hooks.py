@@ -1,4 +1,4 @@
-"""What the site adds to the pages: outputs of commands, links between pages, and a page of all error messages.
+"""Additions of the site to the pages: outputs of commands, links between pages, and a page of all error messages.
 
 mkdocs calls the functions on_*. A block that opens with ```run has a command in each line; on the site the output of
 today follows each command. A command that fails, fails the build; with "! " before it, the exit code must be 1.

@@ -17,7 +17,7 @@ from fused_megatron.overlap.symmetric_memory import reaches
 from fused_megatron.testing.run_on_ranks import RankError, run_on_ranks
 
 ALL_REDUCE_BYTES = 64 << 20
-"""Message of the trial of two ranks: large enough that its time is that of its bytes."""
+"""Message of the trial of two ranks: large enough that its bytes decide its time."""
 _REPEATS = 5
 _TWO_RANKS_S = 60.0
 

@@ -2,7 +2,6 @@
 
 import os
 import statistics
-import time
 from collections import Counter
 from collections.abc import Mapping
 from typing import Any
@@ -11,14 +10,13 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from fused_megatron.assembly.training_step import training_step
 from fused_megatron.benchmarking.sleeping_stages import measure_schedule
 from fused_megatron.config import TrainConfig
-from fused_megatron.data.batch import Batch
 from fused_megatron.models.router import ExpertRouter
 from fused_megatron.pipeline import Costs, build_schedule
 from fused_megatron.pipeline.schedule.action import Kind
-from fused_megatron.planning.recorded_step import STEP, RecordedStep, record_real_step
+from fused_megatron.planning.prediction.measured_steps import RealSteps
+from fused_megatron.planning.recorded_step import RecordedStep, record_real_step
 from fused_megatron.planning.step_profile import (
     ACTIVATIONS,
     GATHERED,
@@ -79,7 +77,8 @@ def measure_rank(rank: int, world_size: int, config: TrainConfig, sleep_ms: tupl
         **_work(step),
     }
     if world_size <= MOST_TIMED_RANKS:
-        found["step_ms"] = _step_ms(step)
+        times = RealSteps(assembly, torch.device("cpu"), _FIRST_TIMED).times(_TIMED_STEPS, warm_up=0)
+        found["step_ms"] = 1e3 * times.median_s(without_waits=False)
     assembly.executor.close()
     return found
 
@@ -114,9 +113,7 @@ def _kept(profile: StepProfile) -> Measured:
 
 
 def _work(step: RecordedStep) -> Measured:
-    work: Counter[Work] = Counter()
-    for (phase, _), done in step.recorder.work.items():
-        work.update(done if phase == STEP else {})
+    work = step.work()
     found: Counter[str] = Counter({"flops": work[Work("flops")]})
     mesh = step.assembly.mesh
     for (kind, axes), (calls, num_bytes) in transfers_of(work, mesh.sizes, mesh.expert_sizes).items():
@@ -127,29 +124,6 @@ def _work(step: RecordedStep) -> Measured:
             found[f"sent_{axis}"] += num_bytes
             found["sent"] += num_bytes
     return dict(found)
-
-
-def _step_ms(step: RecordedStep) -> float:
-    """Return the median time of a few more steps, without the recorder."""
-    config, mesh = step.assembly.config, step.assembly.mesh
-    rows = config.training.global_batch_size // mesh.dp_size
-    tokens = torch.zeros(rows, config.model.seq_len, dtype=torch.int64)
-    times = []
-    for number in range(_FIRST_TIMED, _FIRST_TIMED + _TIMED_STEPS):
-        start = time.perf_counter()
-        training_step(
-            step.assembly,
-            lambda: Batch(tokens, tokens),
-            step=number,
-            lr=config.optimizer.lr,
-            num_targets=config.training.global_batch_size * config.model.seq_len,
-            group=dist.group.WORLD if mesh.world_size > 1 else None,
-            flags=tuple,
-            num_refusing=0,
-            judge=lambda sums: None,
-        )
-        times.append(1e3 * (time.perf_counter() - start))
-    return statistics.median(times)
 
 
 def _balance_routes(model: nn.Module) -> None:

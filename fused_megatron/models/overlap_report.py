@@ -99,7 +99,7 @@ def stage_overlap(stages: Mapping[int, nn.Module], config: TrainConfig, measures
         config: the sizes of a microbatch.
         measures: whether each kind but experts is also timed, forward and backward, with its collectives and without.
 
-    Communication: none on a CPU, where groups are measured when layers are made; on a GPU that of timed_ways, once for
+    Communication: none on a CPU, where groups are measured when layers are made; on a GPU as timed_ways, once for
         each shape. With measures 6 forwards and backwards of each kind, and one all-reduce of 16 bytes.
     Memory: with measures the operands, gradients and results of one layer.
     """

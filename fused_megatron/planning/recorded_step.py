@@ -1,5 +1,6 @@
 """A recorded training step of one rank: on real ranks, or on fake tensors with a fake group of all ranks."""
 
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -23,7 +24,7 @@ from fused_megatron.mesh import Mesh
 from fused_megatron.observe.kernel_counts import AttentionOfAGPU
 from fused_megatron.ops.attention import AttentionMask
 from fused_megatron.pipeline.run.messages import HEADER_NUMBERS, TensorSpec, encode_header
-from fused_megatron.planning.step_recorder import HEADER, RECEIVED, StepRecorder
+from fused_megatron.planning.step_recorder import HEADER, RECEIVED, StepRecorder, Work
 
 MODEL, ASSEMBLY, UPDATED, BATCH, STEP = "model", "assembly", "updated", "batch", "step"
 """Phases of the recorder."""
@@ -51,6 +52,13 @@ class RecordedStep:
     assembled: int
     assembled_bytes: int
     held_bytes: int
+
+    def work(self) -> Counter[Work]:
+        """Return the work of the training step, over all its actions."""
+        total: Counter[Work] = Counter()
+        for (phase, _), done in self.recorder.work.items():
+            total.update(done if phase == STEP else {})
+        return total
 
 
 @contextmanager

@@ -37,8 +37,6 @@ _READ_HOST_MEMORY = {
     ("ops/linear_cross_entropy.py", "_add_scaled_"),
     ("reference/vocab_embedding.py", "vocab_embedding_backward_"),
 }
-# Copies to the device start from pinned memory on a GPU only, where the host does not wait for them.
-_COPIES_OF_BATCHES = "data/batch.py"
 # Functions that send the shapes of a message to another stage before the first message.
 _RUN_IN_THE_FIRST_STEP = {("pipeline/run/messages.py", "_record_specs"), ("pipeline/run/messages.py", "_complete")}
 
@@ -201,8 +199,6 @@ class StepRecorder(TorchDispatchMode):
     def _count_sync(self, tensor: torch.Tensor) -> None:
         """Count one wait of the host for a tensor's device. On a CPU, count the waits that a GPU would cause."""
         caller = _function_of_the_package()
-        if self._on_meta and caller[0] == _COPIES_OF_BATCHES:
-            return
         if caller not in _RUN_IN_THE_FIRST_STEP and (tensor.device.type != "cpu" or caller not in _READ_HOST_MEMORY):
             self._count(Work("host_syncs"), 1)
 

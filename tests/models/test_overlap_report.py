@@ -25,7 +25,7 @@ ASKED = {"4 chunks": 4, "off": False, "by the model": True}
 def reported(rank, ranks):
     """Return for each setting the rows, and the collectives of a step by (layer, direction)."""
     mesh = fm.init_mesh(tensor_parallel_size=ranks)
-    # Every product wants chunks, but those of the weight gradients' sums.
+    # Every product wants chunks, except the products for sums of weight gradients.
     costs = OverlapCosts(1e9, 0.0, 1e8)
     real = sys.modules["fused_megatron.overlap.chunk_choice"].overlap_costs
     found = {}

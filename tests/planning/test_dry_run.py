@@ -112,9 +112,7 @@ def real_rank(rank: int, world_size: int, config: TrainConfig, shared_memory: bo
     """Return (bytes before the step, bytes after it, peak, transfers, parameters, FLOPs) of a real rank."""
     os.environ["FUSED_MEGATRON_SHARED_MEMORY"] = "on" if shared_memory else "off"
     step = record_real_step(config, torch.device("cpu"))
-    work: Counter[Work] = Counter()
-    for (phase, _), done in step.recorder.work.items():
-        work.update(done if phase == STEP else {})
+    work = step.work()
     transfers = transfers_of(work, step.assembly.mesh.sizes, step.assembly.mesh.expert_sizes)
     num_parameters = sum(parameter.numel() for parameter in step.assembly.parameters.values())
     peak = step.recorder.storages.peak(step.assembled).num_bytes

@@ -2,7 +2,6 @@
 
 import dataclasses
 import os
-from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +17,8 @@ from fused_megatron.planning.activation_memory import stage_activations
 from fused_megatron.planning.dry_run import DryRun
 from fused_megatron.planning.rank_communication import expert_communication
 from fused_megatron.planning.rank_memory import rank_memory
-from fused_megatron.planning.recorded_step import STEP, record_real_step
+from fused_megatron.planning.recorded_step import record_real_step
 from fused_megatron.planning.step_profile import transfers_of
-from fused_megatron.planning.step_recorder import Work
 from fused_megatron.testing import run_on_ranks
 
 PRESETS = Path(__file__).parents[2] / "benchmarks" / "presets"
@@ -124,9 +122,7 @@ def real_peak(rank: int, world_size: int, config: TrainConfig) -> tuple[int, dic
     """Return the peak of a real step in which every token goes to the experts of rank 0, and the rank's transfers."""
     os.environ["FUSED_MEGATRON_SHARED_MEMORY"] = "off"
     step = record_real_step(config, torch.device("cpu"), choose_the_first_experts)
-    work: Counter[Work] = Counter()
-    for (phase, _), done in step.recorder.work.items():
-        work.update(done if phase == STEP else {})
+    work = step.work()
     mesh = step.assembly.mesh
     peak = step.recorder.storages.peak(step.assembled).num_bytes
     step.assembly.executor.close()

@@ -1,12 +1,11 @@
 """Start here when a run of torchrun on several machines does not start, or does not go on after a machine was lost."""
 
-import importlib
 import os
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -35,22 +34,6 @@ eval_batches = 1
 log_interval = 1
 checkpoint_interval = 20
 """
-
-
-@pytest.fixture(scope="module")
-def two_hosts() -> Iterator[Any]:
-    """Two network namespaces joined by a cable, as `make faults` has them."""
-    folder = str(ROOT / "benchmarks" / "faults")
-    sys.path.insert(0, folder)
-    try:
-        hosts = importlib.import_module("two_hosts")
-    finally:
-        sys.path.remove(folder)
-    why = hosts.missing()
-    if why:
-        pytest.skip(why)
-    with hosts.TwoHosts() as found:
-        yield found
 
 
 class Machines:

@@ -42,7 +42,7 @@ class ClusterJob:
     Attributes:
         config_path: the user's config, as given.
         config: with the layout of these nodes.
-        words: options of `train` that give the config this layout, after those of the user.
+        words: options of `train`: the user's, then the options that give the config this layout.
         num_nodes: nodes of the job.
         cluster: the machine; gpus_per_node is the number of ranks of a node.
         whole_nodes: whether the ranks take all GPUs of each node.

@@ -28,7 +28,7 @@ class KubernetesOptions:
         claim: PersistentVolumeClaim that all pods can write (ReadWriteMany), with the data and the run.
         mount: folder at which the claim is mounted; it must be the working folder of the image.
         runtime: ClusterTrainingRuntime for torch.
-        name: of the job; "": that of the config.
+        name: of the job; "": the name of the config.
     """
 
     image: str = "fused-megatron"

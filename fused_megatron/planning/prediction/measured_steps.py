@@ -17,8 +17,6 @@ from fused_megatron.data.batch import Batch
 from fused_megatron.kept_pages import keep_malloc_pages
 from fused_megatron.mesh import Mesh
 from fused_megatron.observe.core_time import CoreTime, quiet_median_s
-from fused_megatron.pipeline.view.recording import Recorder
-from fused_megatron.pipeline.view.simulation import Timeline
 from fused_megatron.planning.prediction.machine_measurements import threads_of_rank
 
 
@@ -51,33 +49,27 @@ class StepTimes:
 
 
 class RealSteps:
-    """Training steps of a config on random tokens. Every rank of the default process group makes one.
+    """Training steps of an assembled run on random tokens. Every rank of the default process group makes one.
 
     Args:
-        config: model.vocab_size must be set, and the product of the parallel sizes be the number of ranks.
+        assembly: the parts of this rank; model.vocab_size must be set in its config.
         device: of this rank.
-        record: record the timeline of each step.
-
-    Communication: as build_mesh and assemble.
+        first_step: number of the first step.
     """
 
-    def __init__(self, config: TrainConfig, device: torch.device, *, record: bool = False) -> None:
-        self.mesh, plan = build_mesh(config, device.type), plan_pipeline(config)
-        self.recorder = Recorder(self.mesh.pp_group) if record else None
-        model = build_stages(config, self.mesh, plan, device)
-        self.assembly: Assembly = assemble(config, self.mesh, plan, model, self.recorder)
+    def __init__(self, assembly: Assembly, device: torch.device, first_step: int = 0) -> None:
+        config = assembly.config
+        self.assembly = assembly
         self._group = dist.group.WORLD if dist.is_initialized() and dist.get_world_size() > 1 else None
-        self._batch = random_batch(config, self.mesh, device)
+        self._batch = random_batch(config, assembly.mesh, device)
         self._num_targets = config.training.global_batch_size * config.model.seq_len
         self._device = device
-        self._step = 0
+        self._step = first_step
 
     def run(self) -> tuple[float, float]:
         """Run a step after a barrier; return (seconds, seconds without a core) of this rank."""
         if self._group is not None:
             dist.barrier()
-        if self.recorder is not None:
-            self.recorder.begin()
         clock = CoreTime()
         training_step(
             self.assembly,
@@ -94,10 +86,6 @@ class RealSteps:
             torch.cuda.synchronize(self._device)
         self._step += 1
         return clock.stop()
-
-    def timeline(self, name: str) -> Timeline | None:
-        """Return the timeline of the last step, if it was recorded."""
-        return None if self.recorder is None else self.recorder.timeline(name)
 
     def times(self, rounds: int, warm_up: int = 1) -> StepTimes:
         """Run warm-up steps and then `rounds` steps; return their times, the same on every rank."""
@@ -123,7 +111,9 @@ def start_rank(rank: int, world_size: int, device_type: str) -> torch.device:
 
 def steps_on_rank(rank: int, world_size: int, device_type: str, config: TrainConfig, rounds: int) -> StepTimes:
     """Return the times of steps of a config on all ranks of the default process group; every rank calls this."""
-    steps = RealSteps(config, start_rank(rank, world_size, device_type))
+    device = start_rank(rank, world_size, device_type)
+    mesh, plan = build_mesh(config, device.type), plan_pipeline(config)
+    steps = RealSteps(assemble(config, mesh, plan, build_stages(config, mesh, plan, device)), device)
     times = steps.times(rounds)
     steps.close()
     return times

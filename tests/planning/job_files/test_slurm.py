@@ -1,12 +1,11 @@
 """Start here when a job of Slurm does not save before its time limit, is not requeued, or starts its ranks wrongly."""
 
-import importlib
 import os
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -272,22 +271,6 @@ def test_a_signal_saves_requeues_and_the_same_file_resumes(
     config: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
     check_resumes(Slurm(tmp_path), config, capsys, tmp_path / "file", 2)
-
-
-@pytest.fixture
-def two_hosts() -> Iterator[Any]:
-    """Two network namespaces joined by a cable, as `make faults` has them."""
-    folder = str(ROOT / "benchmarks" / "faults")
-    sys.path.insert(0, folder)
-    try:
-        hosts = importlib.import_module("two_hosts")
-    finally:
-        sys.path.remove(folder)
-    why = hosts.missing()
-    if why:
-        pytest.skip(why)
-    with hosts.TwoHosts() as found:
-        yield found
 
 
 @pytest.mark.slow
