@@ -1,5 +1,6 @@
 """Pipeline stages that sleep instead of computing, to measure schedules of many ranks on few cores."""
 
+import dataclasses
 import time
 import weakref
 from dataclasses import dataclass
@@ -106,9 +107,49 @@ class MeasuredSchedule:
 
         It is the excess over the same actions, with their measured times and messages that take no time.
         """
+        return 1 - simulate(schedule, self._costs(schedule)).makespan / self.measured.makespan
+
+    def least_messages(self, schedule: Schedule, message_s: float) -> float:
+        """Return the share by which messages of message_s seconds would delay a step of these actions."""
+        costs = self._costs(schedule)
+        late = dataclasses.replace(costs, link_latency=message_s)
+        return 1 - simulate(schedule, costs).makespan / simulate(schedule, late).makespan
+
+    def _costs(self, schedule: Schedule) -> Costs:
+        """Return the measured mean times of the actions; messages take no time."""
         actions = [(*event.action[:2], event.end - event.start) for events in self.measured.events for event in events]
-        taken = self.measured.makespan
-        return 1 - simulate(schedule, mean_costs(actions, schedule.num_stages)).makespan / taken
+        return mean_costs(actions, schedule.num_stages)
+
+
+def message_seconds(rest_s: float, group: dist.ProcessGroup, *, messages: int = 20) -> float:
+    """Return the median seconds from a send of rank 0 to the end of rank 1's wait, by the group's own send and receive.
+
+    The ranks of one machine share the clock. All ranks of the group must call this.
+
+    Args:
+        rest_s: seconds that rank 0 sleeps before each message, so that both ranks wake up for it as in a pipeline.
+        group: at least two ranks.
+        messages: number of messages, after one that warms up.
+
+    Communication: a message of 4 KiB each way for each of `messages`, and one all-reduce.
+    """
+    rank, tensor, clock = dist.get_rank(group), torch.zeros(_MESSAGE_ELEMENTS), torch.zeros(1, dtype=torch.float64)
+    taken = torch.zeros(messages + 1, dtype=torch.float64)
+    for index in range(messages + 1):
+        if rank == 0:
+            time.sleep(rest_s)
+            clock[0] = time.perf_counter()
+            dist.send(tensor, group=group, group_dst=1)
+            dist.send(clock, group=group, group_dst=1)
+            dist.recv(tensor, group=group, group_src=1)
+        elif rank == 1:
+            dist.recv(tensor, group=group, group_src=0)
+            end = time.perf_counter()
+            dist.recv(clock, group=group, group_src=0)
+            taken[index] = end - clock.item()
+            dist.send(tensor, group=group, group_dst=0)
+    dist.all_reduce(taken, group=group)
+    return taken[1:].median().item()
 
 
 def measure_schedule(

@@ -7,7 +7,7 @@ from itertools import pairwise
 import pytest
 import torch.distributed as dist
 
-from fused_megatron.benchmarking.sleeping_stages import MeasuredSchedule, measure_schedule
+from fused_megatron.benchmarking.sleeping_stages import MeasuredSchedule, measure_schedule, message_seconds
 from fused_megatron.pipeline import Costs, build_schedule, simulate
 from fused_megatron.pipeline.schedule.action import COMPUTE, Kind
 from fused_megatron.pipeline.view.timeline import to_perfetto
@@ -59,3 +59,23 @@ def test_exposed_messages_are_the_delay_of_a_step(name):
     assert result.exposed_messages(schedule) > 0.01
     result = MeasuredSchedule(without, without, [without.makespan], [])
     assert result.exposed_messages(schedule) == pytest.approx(0, abs=1e-9)
+
+
+@pytest.mark.parametrize("name", ["1f1b", "zb_v"])
+def test_the_least_messages_are_the_delay_by_messages_of_a_known_time(name):
+    schedule = build_schedule(name, RANKS, 8)
+    plain = costs_of(schedule)
+    without, late = (simulate(schedule, dataclasses.replace(plain, link_latency=s)) for s in (0.0, 0.004))
+    result = MeasuredSchedule(without, without, [without.makespan], [])
+    assert result.least_messages(schedule, 0.004) == pytest.approx(1 - without.makespan / late.makespan)
+    assert result.least_messages(schedule, 0.0) == 0
+
+
+def measure_message(rank, world_size):
+    return message_seconds(0.001, dist.group.WORLD, messages=3)
+
+
+def test_the_time_of_a_message_is_the_same_on_every_rank():
+    times = run_on_ranks(measure_message, RANKS)
+    assert times == [times[0]] * RANKS
+    assert 0 < times[0] < 60
