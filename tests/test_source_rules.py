@@ -39,6 +39,7 @@ STEMS_OF_ONE_THING = {
     "linear_cross_entropy",
     "norm",
     "optimizer",
+    "query_key_norm",
     "rms_norm",
     "rotary_embedding",
     "sample_index",

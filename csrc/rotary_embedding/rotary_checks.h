@@ -1,41 +1,12 @@
-// Checks of rotary_embedding's tensors, and their strides for the kernels, on the CPU and the GPU.
+// Checks of rotary_embedding's tensors, and the positions of their tokens, on the CPU and the GPU.
 #pragma once
 
+#include "heads/tensors.h"
 #include "tensor_checks.h"
 
 #include "token_positions.h"
 
 namespace fm {
-
-// One tensor of heads and its result: [n0, n1, heads, head_dim] with any strides but the last, which is 1. Packed:
-// n1 = 1. The result may be the tensor itself.
-struct Heads {
-  const void* data;
-  void* out;
-  int64_t heads, stride0, stride1, stride_head, out_stride0, out_stride1, out_stride_head;
-};
-
-// Returns x itself if the elements of a head lie side by side, else a copy.
-inline Tensor with_dense_heads(const Tensor& x) {
-  return x.stride(x.dim() - 1) == 1 || x.size(x.dim() - 1) <= 1 ? x : torch::stable::contiguous(x);
-}
-
-inline Heads heads_of(const Tensor& x, Tensor& out) {
-  const int64_t dims = x.dim();
-  return {x.const_data_ptr(), out.mutable_data_ptr(), x.size(dims - 2), x.stride(0), dims == 4 ? x.stride(1) : 0,
-          x.stride(dims - 2), out.stride(0),          dims == 4 ? out.stride(1) : 0, out.stride(dims - 2)};
-}
-
-// The memory that rotary_embedding_out writes: of the sizes of x, with dense heads.
-inline void check_rotary_out(const Tensor& x, const Tensor& out) {
-  STD_TORCH_CHECK(out.dim() == x.dim() && out.scalar_type() == x.scalar_type() && on_same_device(out, x),
-                  "q_out and k_out must be like q and k");
-  for (int64_t dim = 0; dim < x.dim(); ++dim) {
-    STD_TORCH_CHECK(out.size(dim) == x.size(dim), "q_out and k_out must have the sizes of q and k");
-  }
-  STD_TORCH_CHECK(out.stride(out.dim() - 1) == 1 || out.size(out.dim() - 1) <= 1,
-                  "the elements of a head of q_out and k_out must lie side by side");
-}
 
 inline void check_int64(const OptionalTensor& tensor, const Tensor& q, const char* name) {
   STD_TORCH_CHECK(!tensor || (tensor->scalar_type() == ScalarType::Long && on_same_device(*tensor, q)), name,

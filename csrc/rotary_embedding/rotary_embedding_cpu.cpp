@@ -145,8 +145,8 @@ std::tuple<Tensor, Tensor> rotary_embedding(const Tensor& q_any, const OptionalT
 void rotary_embedding_out(const Tensor& q_any, const Tensor& k_any, Tensor q_out, Tensor k_out, const Tensor& cos,
                           const Tensor& sin, int64_t sequence_dim, bool inverse) {
   check_rotary(q_any, k_any, cos, sin, sequence_dim);
-  check_rotary_out(q_any, q_out);
-  check_rotary_out(k_any, k_out);
+  check_heads_out(q_any, q_out);
+  check_heads_out(k_any, k_out);
   const Tensor q = with_dense_heads(q_any), k = with_dense_heads(k_any);
   rotate_all(q, {heads_of(q, q_out), heads_of(k, k_out)}, cos, sin, std::nullopt, std::nullopt, std::nullopt, 0,
              sequence_dim, false, inverse);

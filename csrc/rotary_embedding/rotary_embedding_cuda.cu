@@ -9,11 +9,6 @@
 namespace fm {
 namespace {
 
-DeviceHeads device_heads(const Heads& heads) {
-  return {heads.data,        heads.out,         heads.heads,       heads.stride0,        heads.stride1,
-          heads.stride_head, heads.out_stride0, heads.out_stride1, heads.out_stride_head};
-}
-
 // Rotates q and k, whose heads may have any strides; no k: k has 0 heads.
 void rotate_all(const Tensor& q, const Heads& q_heads, const Heads& k_heads, const Tensor& cos_any,
                 const Tensor& sin_any, const OptionalTensor& positions, const OptionalTensor& offset,
@@ -24,8 +19,8 @@ void rotate_all(const Tensor& q, const Heads& q_heads, const Heads& k_heads, con
   a.dtype = device_dtype(q.scalar_type());
   a.interleaved = interleaved;
   a.sign = inverse ? -1.0f : 1.0f;
-  a.q = device_heads(q_heads);
-  a.k = device_heads(k_heads);
+  a.q = q_heads;
+  a.k = k_heads;
   a.cos = {cos.const_data_ptr(), device_dtype(cos.scalar_type())};
   a.sin = {sin.const_data_ptr(), device_dtype(sin.scalar_type())};
   a.where = token_positions(q, cos, positions, offset, cu_seqlens, start, sequence_dim);
@@ -53,8 +48,8 @@ std::tuple<Tensor, Tensor> rotary_embedding(const Tensor& q_any, const OptionalT
 void rotary_embedding_out(const Tensor& q_any, const Tensor& k_any, Tensor q_out, Tensor k_out, const Tensor& cos,
                           const Tensor& sin, int64_t sequence_dim, bool inverse) {
   check_rotary(q_any, k_any, cos, sin, sequence_dim);
-  check_rotary_out(q_any, q_out);
-  check_rotary_out(k_any, k_out);
+  check_heads_out(q_any, q_out);
+  check_heads_out(k_any, k_out);
   const DeviceGuard guard(q_any.get_device());
   const Tensor q = with_dense_heads(q_any), k = with_dense_heads(k_any);
   rotate_all(q, heads_of(q, q_out), heads_of(k, k_out), cos, sin, std::nullopt, std::nullopt, std::nullopt, 0,

@@ -5,23 +5,17 @@
 #include <cstdint>
 
 #include "cuda/vector_access.cuh"
+#include "heads/heads.h"
 
 #include "token_positions.h"
 
 namespace fm {
 
-// One tensor of heads for the kernel; see Heads in rotary_checks.h.
-struct DeviceHeads {
-  const void* data;
-  void* out;
-  int64_t heads, stride0, stride1, stride_head, out_stride0, out_stride1, out_stride_head;
-};
-
 struct Rotary {
   DType dtype;
   bool interleaved;
   float sign;  // sign of the angles: -1 rotates back
-  DeviceHeads q, k;  // no k: k has 0 heads
+  Heads q, k;  // no k: k has 0 heads
   ConstParameter cos, sin;  // [table_rows, half]
   TokenPositions where;
   int64_t tokens, n1, head_dim, half;
@@ -170,7 +164,7 @@ __global__ void __launch_bounds__(32 * kRotaryWarps) rotary_kernel(Rotary a, int
 }
 
 inline bool rotary_is_wide(const Rotary& a, int64_t count) {
-  const auto strides = [](const DeviceHeads& x) {
+  const auto strides = [](const Heads& x) {
     return x.stride0 | x.stride1 | x.stride_head | x.out_stride0 | x.out_stride1 | x.out_stride_head;
   };
   const int64_t sizes = a.half | a.head_dim | strides(a.q) | strides(a.k);

@@ -8,6 +8,8 @@ import torch
 from fused_megatron import ops
 from fused_megatron.checks import first_line
 from fused_megatron.doctor.facts import OpTrial
+from fused_megatron.ops.rotary_query_key_value import rotary_query_key_value
+from fused_megatron.ops.vocab_embedding import add_embedding_gradient_, vocab_embedding
 from fused_megatron.testing.op_gradients import Op, is_leaf, output_and_gradients, outputs_of
 
 # Twice to ten times the error of a right kernel at these sizes; a wrong one is off by its whole result.
@@ -89,6 +91,40 @@ def _draw_rotary(generator: torch.Generator) -> list[torch.Tensor]:
     return [query, key, torch.randint(360, (_TOKENS, 32), generator=generator)]
 
 
+def _fused_heads(degrees: torch.Tensor, dtype: torch.dtype) -> tuple[dict[str, int], list[torch.Tensor]]:
+    """Return 4 query and 2 key heads as the ops take them, and tables in the dtype of other tables."""
+    angles = degrees.to(torch.promote_types(dtype, torch.float32)).deg2rad()
+    return {"num_heads": 4, "num_kv_heads": 2}, [angles.cos(), angles.sin()]
+
+
+def _rotary_in_place(qkv: torch.Tensor, degrees: torch.Tensor) -> Sequence[torch.Tensor]:
+    form, tables = _fused_heads(degrees, qkv.dtype)
+    return rotary_query_key_value(qkv + 0, *tables, **form)  # the sum is overwritten
+
+
+def _query_key_norm(
+    qkv: torch.Tensor, q_weight: torch.Tensor, k_weight: torch.Tensor, degrees: torch.Tensor
+) -> Sequence[torch.Tensor]:
+    form, tables = _fused_heads(degrees, qkv.dtype)
+    return ops.query_key_norm(qkv, q_weight, k_weight, *tables, eps=1e-5, **form)
+
+
+def _draw_heads(*weights: int) -> Draw:
+    def draw(generator: torch.Generator) -> list[torch.Tensor]:
+        tensors = _normal((_TOKENS, 2, 8 * 64), *((size,) for size in weights))(generator)
+        return [*tensors, torch.randint(360, (_TOKENS, 16), generator=generator)]
+
+    return draw
+
+
+def _vocab_embedding(weight: torch.Tensor, dy: torch.Tensor, ids: torch.Tensor) -> Sequence[torch.Tensor]:
+    """Rows of a shard with 8 of 16 rows, and the sum of their gradients."""
+    rows, local = vocab_embedding(ids, weight, first_row=4, vocab_size=16)
+    total = torch.ones(weight.shape, device=weight.device, dtype=torch.promote_types(weight.dtype, torch.float32))
+    add_embedding_gradient_(dy, local, total)
+    return [rows, local, total]
+
+
 def _experts(experts: torch.Tensor) -> ops.ExpertOrder:
     return ops.order_by_expert(experts.view(_TOKENS, -1), _EXPERTS)
 
@@ -138,14 +174,17 @@ TRIALS = (
         lambda x, e: ops.permute_tokens(x, _experts(e)),
         _with_index(_EXPERTS, _ROWS, count=2 * _TOKENS),
     ),
+    Trial("query_key_norm", _query_key_norm, _draw_heads(64, 64)),
     Trial("rms_norm", ops.rms_norm, _normal(_ROWS, (_WIDTH,))),
     Trial("rotary_embedding", _rotary, _draw_rotary),
+    Trial("rotary_query_key_value", _rotary_in_place, _draw_heads()),
     Trial("route_tokens", _routes, _normal((_TOKENS, 16)), (torch.float32,), _routes_in_torch),
     Trial("scaled_masked_softmax", _softmax, _normal((2, 3, _TOKENS, _TOKENS))),
     Trial("sum_of_squares", _sum_of_squares, _normal(_ROWS), (torch.float32,), lambda x: x.square().sum(), False),
+    Trial("vocab_embedding", _vocab_embedding, _with_index(16, (8, _WIDTH), _ROWS), has_gradient=False),
     Trial("weighted_swiglu", _weighted_swiglu, _normal(_ROWS, (_TOKENS,))),
 )
-"""A trial of each op that has kernels of its own."""
+"""A trial of each op that has kernels of its own, and of the two that only models call."""
 
 
 def try_ops(device: torch.device, trials: Sequence[Trial] = TRIALS) -> tuple[OpTrial, ...]:

@@ -195,26 +195,30 @@ class ParallelSelfAttention(nn.Module):
 
     def _rotated_query_key_value(self, qkv: torch.Tensor, rotary: Tables | None) -> tuple[torch.Tensor, ...]:
         """Return normalised and rotated query, key and value, [S, B, heads of this rank, D]; qkv may be overwritten."""
-        head_by_head = self.num_kv_heads == self.num_heads
-        heads = {"num_heads": self.heads_shard, "num_kv_heads": self.kv_heads_shard}
-        if rotary is not None and self.query_norm is None:
-            cos, sin = rotary
-            shape = qkv.shape[:2]
-            if cos.dim() == 3:  # the S B tokens as one sequence
-                qkv, cos, sin = qkv.view(-1, 1, qkv.shape[2]), cos.flatten(0, 1), sin.flatten(0, 1)
-            rotated = rotary_query_key_value(qkv, cos, sin, head_by_head=head_by_head, **heads)
-            return tuple(x.view(*shape, *x.shape[2:]) for x in rotated)
-        query, key, value = split_query_key_value(qkv, head_by_head=head_by_head, **heads)
+        heads = {
+            "num_heads": self.heads_shard,
+            "num_kv_heads": self.kv_heads_shard,
+            "head_by_head": self.num_kv_heads == self.num_heads,
+        }
+        shape = qkv.shape[:2]
+        if rotary is not None and rotary[0].dim() == 3:  # the S B tokens as one sequence
+            qkv, rotary = qkv.view(-1, 1, qkv.shape[2]), (rotary[0].flatten(0, 1), rotary[1].flatten(0, 1))
         if isinstance(self.query_norm, AllHeadsRMSNorm) and isinstance(self.key_norm, AllHeadsRMSNorm):
+            query, key, value = split_query_key_value(qkv, **heads)
             query, key = normalise_all_heads(query, key, self.query_norm, self.key_norm)
+            if rotary is not None:
+                query, rotated = ops.rotary_embedding(query, key, *rotary)
+                assert rotated is not None
+                key = rotated
         elif self.query_norm is not None and self.key_norm is not None:
-            weights = (self.query_norm.weight, self.key_norm.weight)
-            query_weight, key_weight = used_by_parts(weights, self.query_key_value.tp_group)
-            query = ops.rms_norm(query, query_weight, self.query_norm.eps)
-            key = ops.rms_norm(key, key_weight, self.key_norm.eps)
-        if rotary is not None:
-            query, key = _rotate(query, key, *rotary)
-        return query, key, value
+            weights = used_by_parts((self.query_norm.weight, self.key_norm.weight), self.query_key_value.tp_group)
+            tables = () if rotary is None else rotary
+            query, key, value = ops.query_key_norm(qkv, *weights, *tables, eps=self.query_norm.eps, **heads)
+        elif rotary is not None:
+            query, key, value = rotary_query_key_value(qkv, *rotary, **heads)
+        else:
+            query, key, value = split_query_key_value(qkv, **heads)
+        return tuple(x.view(*shape, *x.shape[2:]) for x in (query, key, value))
 
     def _attend(
         self,
@@ -258,17 +262,3 @@ class ParallelSelfAttention(nn.Module):
             first_head=self.first_head + first_head,
             heads=self.num_heads,
         )
-
-
-def _rotate(
-    query: torch.Tensor, key: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Rotate query and key, [S, B, heads, D] each, by tables as in forward()."""
-    shape = query.shape[:2]
-    if cos.dim() == 3:
-        # The S B tokens as one sequence. All tensors stay views: in a fused product the tokens are dense.
-        query, key = (x.view(-1, 1, *x.shape[2:]) for x in (query, key))
-        cos, sin = cos.flatten(0, 1), sin.flatten(0, 1)
-    query, rotated = ops.rotary_embedding(query, key, cos, sin)
-    assert rotated is not None
-    return query.view(*shape, *query.shape[2:]), rotated.view(*shape, *rotated.shape[2:])

@@ -45,6 +45,7 @@ _KINDS_BY_NAME = {
 _KINDS_BY_PART = {
     "attention": ATTENTION,
     "rotary": ATTENTION,
+    "query_key_norm": ATTENTION,
     "masked_softmax": ATTENTION,
     "_norm_": NORM,
     "bias_dropout_add": RESIDUAL,
@@ -66,6 +67,8 @@ _ONLY_WRITTEN = {
     **dict.fromkeys(["copy_", "zero_", "fill_", "normal_", "uniform_", "_foreach_copy_", "_foreach_zero_"], ("self",)),
     "adamw_": ("low",),
     "rotary_embedding_out": ("q_out", "k_out"),
+    "query_key_norm_out": ("q_out", "k_out"),
+    "query_key_norm_backward_out": ("dq_out", "dk_out", "dv_out"),
 }
 # Ops that read of a table the rows which they return.
 _READS_ROWS = {"embedding", "index_select", "gather", "index", "vocab_embedding_forward"}
@@ -204,6 +207,7 @@ _LAUNCHES: dict[str, Callable[[Mapping[str, Any]], int]] = {
     "bias_geglu_backward": _with_column_sums("need_dbias"),
     "bias_swiglu_backward": _with_column_sums("need_dbias"),
     "bias_dropout_add_backward": _with_column_sums("need_dbias"),
+    "query_key_norm_backward_out": lambda named: 2,  # and the sums of the weights' gradients
     "vocab_embedding_backward_": lambda named: 2,  # a sort, and the sums
     "expert_routing_forward": lambda named: 2,
     "expert_order": lambda named: 3,

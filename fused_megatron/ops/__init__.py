@@ -23,6 +23,7 @@ from fused_megatron.ops.expert_permutation import (
 from fused_megatron.ops.expert_routing import Routes, RoutingRule, route_tokens
 from fused_megatron.ops.layer_norm import layer_norm
 from fused_megatron.ops.linear_cross_entropy import linear_cross_entropy
+from fused_megatron.ops.query_key_norm import query_key_norm
 from fused_megatron.ops.rms_norm import rms_norm
 from fused_megatron.ops.rotary_embedding import rotary_embedding
 from fused_megatron.ops.scaled_masked_softmax import scaled_masked_softmax
@@ -52,6 +53,7 @@ __all__ = [
     "order_by_expert",
     "permute_tokens",
     "permute_weights",
+    "query_key_norm",
     "rms_norm",
     "rotary_embedding",
     "route_tokens",

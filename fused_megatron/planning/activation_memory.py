@@ -15,7 +15,8 @@ def stage_activations(config: TrainConfig, span: StageSpan) -> int:
     sequence parallelism, else T) keeps these elements of 2 or 4 bytes:
 
         4 T' H                 inputs and outputs of both norms, and 4 T' bytes a norm for each statistic
-        T (N + 2 G) D / R      query, key, value, rotated in place; query and key twice more if they are normalized
+        T (N + 2 G) D / R      query, key, value, rotated in place
+        T (N + G) D / R        query and key once more if they are normalized: backward needs them from before the norm
         T N D / R              input of the projection, which is the result of the attention kernel
         T F' / R               input of the activation; and its output T F / R without overlap (R = 1, or overlap=False)
         (_expert_activations)   instead of the last line, in a block with experts
@@ -23,8 +24,8 @@ def stage_activations(config: TrainConfig, span: StageSpan) -> int:
 
     and 4 T N / R bytes of statistics of the attention kernel, unless recompute="selective" recomputes it. Attention
     dropout keeps T (3 N D + 2 N S) / R elements instead of query, key, value and statistics, unless
-    attention_dropout_kernel="fast": scores need a key for each query head. With context parallelism it keeps no more
-    than without dropout.
+    attention_dropout_kernel="fast": scores need a key for each query head. Query, key and value from before the norm
+    stay beside them. With context parallelism it keeps no more than without dropout.
 
     Korthikanti et al. 2022 (arXiv:2205.05198) count more: 34 (or 10 + 24 / R) S B H bytes and 5 A S^2 B. Their
     attention keeps its scores, and their GELU, dropout and residual additions keep their inputs.
@@ -70,12 +71,11 @@ def block_activations(config: TrainConfig, selective: bool, has_experts: bool) -
     elements = 4 * own_tokens * model.hidden_size + tokens * query
     elements += 0 if has_experts else mlp_elements(config, model.ffn_size)
     statistics = 2 * 4 * own_tokens * (1 if model.normalization == "rms_norm" else 2)
-    statistics += 4 * tokens * (heads + kv_heads) * model.query_key_norm
     context_parallel = config.parallel.context_parallel_size > 1
     if not selective and model.stores_scores and not context_parallel:
-        elements += tokens * (3 * query + (query + key) * model.query_key_norm + 2 * heads * model.seq_len)
+        elements += tokens * (3 * query + (query + 2 * key) * model.query_key_norm + 2 * heads * model.seq_len)
     else:
-        elements += tokens * (query + 2 * key + (query + key) * 2 * model.query_key_norm)
+        elements += tokens * (query + 2 * key + (query + key) * model.query_key_norm)
         statistics += 4 * tokens * heads * (not selective)
     return size * elements + statistics + (_expert_activations(config) if has_experts else 0)
 

@@ -16,7 +16,9 @@ GELU = next(trial for trial in TRIALS if trial.op == "bias_gelu")
 
 
 def test_every_op_with_kernels_has_a_trial() -> None:
-    assert sorted(trial.op for trial in TRIALS) == sorted(op.op for op in find_library(True, None).ops)
+    only_in_models = ["rotary_query_key_value", "vocab_embedding"]
+    public = [op.op for op in find_library(True, None).ops]
+    assert sorted(trial.op for trial in TRIALS) == sorted(public + only_in_models)
 
 
 def test_the_kernels_of_the_cpu_are_right() -> None:

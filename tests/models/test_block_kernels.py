@@ -88,7 +88,7 @@ MOST = {
     "dropout": ({"hidden_dropout": 0.1}, 10, 29),
     "recomputed": ({"recompute": "full"}, 10, 39),
     "llama": (LLAMA, 9, 17),
-    "head norms": ({**LLAMA, "query_key_norm": True}, 13, 21),
+    "head norms": ({**LLAMA, "query_key_norm": True}, 9, 18),
 }
 
 

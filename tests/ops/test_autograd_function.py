@@ -37,6 +37,9 @@ OPS: dict[str, Callable[[torch.Tensor], Any]] = {
     "linear_cross_entropy": lambda x: fm.ops.linear_cross_entropy(x, torch.eye(8), IDS),
     "permute_tokens": lambda x: fm.ops.permute_tokens(x, ORDER),
     "permute_weights": lambda x: fm.ops.permute_weights(x[:, :2], ORDER),
+    "query_key_norm": lambda x: fm.ops.query_key_norm(
+        x[:, None], torch.ones(2), torch.ones(2), COS, SIN, eps=0.1, num_heads=2, num_kv_heads=1
+    )[0],
     "rms_norm": lambda x: fm.ops.rms_norm(x, torch.ones(8)),
     "rotary_embedding": lambda x: fm.ops.rotary_embedding(x.view(4, 1, 4, 2), None, COS, SIN)[0],
     "route_tokens": lambda x: fm.ops.route_tokens(x, fm.ops.RoutingRule(3)).probabilities,
