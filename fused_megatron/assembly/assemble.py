@@ -11,6 +11,7 @@ from fused_megatron.assembly.microbatches import Microbatches
 from fused_megatron.assembly.model_stages import ModelStages
 from fused_megatron.assembly.optimizer import new_optimizer
 from fused_megatron.assembly.pipeline_plan import PipelinePlan
+from fused_megatron.assembly.stage_updates import StageUpdates
 from fused_megatron.collectives import Group
 from fused_megatron.config import TrainConfig
 from fused_megatron.data.batch import Batch
@@ -49,6 +50,7 @@ class Assembly:
         replicas: ranks that own the other rows and the same rows, of dense parameters and of experts.
         expert_loads: loads of this rank's experts over the microbatches of a step.
         microbatches: cuts a batch into this rank's microbatches.
+        updates: updates of this rank's stage inside an asynchronous schedule; None with a synchronous one.
     """
 
     config: TrainConfig
@@ -65,6 +67,7 @@ class Assembly:
     replicas: Replicas
     expert_loads: ExpertLoads
     microbatches: Microbatches
+    updates: StageUpdates | None = None
 
     @property
     def device(self) -> torch.device:
@@ -87,6 +90,13 @@ class Assembly:
         this order. At each action, all ranks that share its stage have finished their earlier actions, so they all
         reach it; its messages have been sent, and its collectives have all their ranks.
         """
+        inputs, targets, keywords = self.microbatches_of(batch, step)
+        return self.accumulate_gradients(inputs, targets, loss_divisor=loss_divisor, stage_kwargs=keywords)
+
+    def microbatches_of(
+        self, batch: Batch, step: int
+    ) -> tuple[list[torch.Tensor], list[torch.Tensor], list[dict[str, Any]]]:
+        """Return (inputs, targets, keyword arguments of the stages) of each microbatch, as accumulate_batch."""
         training = self.config.training
         inputs, targets, keywords = self.microbatches.of(batch, self.device)
         first_sample = self.mesh.dp_rank * training.microbatch_size * len(inputs)
@@ -94,12 +104,8 @@ class Assembly:
             BatchSlice(step, first_sample + i * training.microbatch_size, training.global_batch_size)
             for i in range(len(inputs))
         ]
-        return self.accumulate_gradients(
-            inputs,
-            targets,
-            loss_divisor=loss_divisor,
-            stage_kwargs=[{"batch_slice": rows, **keyword} for rows, keyword in zip(slices, keywords, strict=True)],
-        )
+        of_stages = [{"batch_slice": rows, **keyword} for rows, keyword in zip(slices, keywords, strict=True)]
+        return inputs, targets, of_stages
 
     def accumulate_gradients(
         self,
@@ -172,6 +178,18 @@ class Assembly:
                 drifts.append(find_drift(parameters, each.group, others))
         return next(filter(None, drifts), None)
 
+    def follow_newest_weights(self) -> None:
+        """Let the optimizer and the gathers of weights refer to the memory that the parameters have now.
+
+        An asynchronous schedule gives each version of the weights memory of its own.
+        """
+        assert isinstance(self.weights, WeightGather)
+        self.weights.follow()
+        own = {name: self.weights.own(parameter) for name, parameter in self.parameters.items()}
+        for name, rows in own.items():
+            self.own_weights[name].data = rows
+        self.optimizer.follow(own)
+
     def update(
         self, lr: float, gradient_scale: float | torch.Tensor = 1.0, refused: torch.Tensor | None = None
     ) -> None:
@@ -216,7 +234,8 @@ def assemble(
     placements = ZERO_STAGES[zero_stage(config.parallel.zero_stage, max(config.replica_counts(mesh.dp_size)))]
     replicas = replicas_of(mesh, placements, config.parallel.zero_shard_size, has_experts)
     gradients, weights = share_state(model.stages, placements, replicas, training.bucket_bytes(mesh.replicas.size))
-    hooks = _hooks(gradients, weights, plan)
+    updates = StageUpdates(mesh["dp", "cp", "tp"].group) if plan.is_asynchronous else None
+    hooks = _hooks(gradients, weights, plan, updates)
     if plan.max_unsharded is None:
         for stage in model.stages.values():
             weights.watch(stage)
@@ -255,10 +274,15 @@ def assemble(
         replicas=replicas,
         expert_loads=ExpertLoads(config.model, model.stages.values()),
         microbatches=Microbatches(config, mesh, model),
+        updates=updates,
     )
 
 
-def _hooks(gradients: GradientBuckets, weights: Weights, plan: PipelinePlan) -> StageFunctions:
+def _hooks(
+    gradients: GradientBuckets, weights: Weights, plan: PipelinePlan, updates: StageUpdates | None
+) -> StageFunctions:
+    if updates is not None:
+        return StageFunctions(reduce=gradients.reduce, update=updates.update)
     if plan.max_unsharded is None or isinstance(weights, WeightGather):
         return StageFunctions(reduce=gradients.reduce)
     return StageFunctions(reduce=gradients.reduce, unshard=weights.gather_stage, reshard=weights.release_stage)

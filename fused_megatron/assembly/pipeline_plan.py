@@ -3,11 +3,11 @@
 from dataclasses import dataclass
 from functools import lru_cache
 
-from fused_megatron.checks import InputError, found_on_every_rank
+from fused_megatron.checks import InputError, check, found_on_every_rank
 from fused_megatron.config import TrainConfig
 from fused_megatron.data_parallel.placement import ZERO_STAGES
 from fused_megatron.models.stage_cut import StageSpan, check_cut, cut_stages
-from fused_megatron.pipeline.schedule.action import SYNCHRONOUS, Schedule
+from fused_megatron.pipeline.schedule.action import SYNCHRONOUS, Schedule, peak_weight_versions
 from fused_megatron.pipeline.schedule.lowering import lower
 from fused_megatron.pipeline.schedule.schedules import SCHEDULES, build_schedule
 
@@ -33,6 +33,15 @@ class PipelinePlan:
     def num_stages(self) -> int:
         return len(self.placement)
 
+    @property
+    def is_asynchronous(self) -> bool:
+        """Whether steps overlap and the update rule is another one (PipeDream, PipeDream-2BW)."""
+        return SCHEDULES[self.name].weights != SYNCHRONOUS
+
+    def weight_versions(self) -> list[int]:
+        """Return for each rank the versions of the weights that it keeps; 1 with a synchronous schedule."""
+        return peak_weight_versions(self.schedule(max(self.placement) + 1))
+
     def schedule(self, num_microbatches: int) -> Schedule:
         """Build the schedule of one step, with compute actions only."""
         num_ranks = max(self.placement) + 1
@@ -43,15 +52,19 @@ class PipelinePlan:
         return lower(self.schedule(num_microbatches), self.max_unsharded, self.reduce_each_microbatch)
 
 
-def plan_pipeline(config: TrainConfig) -> PipelinePlan:
+def plan_pipeline(config: TrainConfig, asynchronous: bool = False) -> PipelinePlan:
     """Choose the schedule that config asks for.
 
+    Args:
+        config: of a run.
+        asynchronous: whether the caller allows schedules that change the update rule.
+
     Raises:
-        SharedInputError: the schedule is unknown or asynchronous, does not allow this number of stages, or there are
-            more stages than blocks, or pipeline_cut does not fit.
+        SharedInputError: the schedule is unknown, or asynchronous where that is not allowed or does not fit the config;
+            it does not allow this number of stages, or there are more stages than blocks, or pipeline_cut does not fit.
     """
     with found_on_every_rank():
-        return _plan(config)
+        return _plan(config, asynchronous)
 
 
 def stage_spans(config: TrainConfig, plan: PipelinePlan) -> tuple[StageSpan, ...]:
@@ -59,14 +72,16 @@ def stage_spans(config: TrainConfig, plan: PipelinePlan) -> tuple[StageSpan, ...
     return cut_stages(config.model, plan.num_stages, config.parallel.pipeline_cut, placement=plan.placement)
 
 
-def _plan(config: TrainConfig) -> PipelinePlan:
+def _plan(config: TrainConfig, asynchronous: bool) -> PipelinePlan:
     parallel = config.parallel
     name = parallel.schedule or ("1f1b" if (parallel.stages_per_rank or 1) == 1 else "interleaved_1f1b")
     num_ranks = parallel.pipeline_parallel_size
     schedule = _smallest(name, num_ranks, parallel.stages_per_rank)
     if schedule.weights != SYNCHRONOUS:
-        others = ", ".join(other for other, kind in SCHEDULES.items() if kind.weights == SYNCHRONOUS)
-        raise InputError(f"schedule={name!r} changes the update rule; the trainer runs those that do not: {others}")
+        if not asynchronous:
+            others = ", ".join(other for other, kind in SCHEDULES.items() if kind.weights == SYNCHRONOUS)
+            raise InputError(f"schedule={name!r} changes the update rule: only train runs it; here one of: {others}")
+        check_overlapping_steps(config, name)
     check_cut(config.model.num_layers, schedule.num_stages, parallel.pipeline_cut)
     last = schedule.num_stages - 1
     placements = ZERO_STAGES[parallel.zero_stage or 0]
@@ -77,6 +92,33 @@ def _plan(config: TrainConfig) -> PipelinePlan:
         reduce_each_microbatch=placements.gradients,
         max_unsharded=_max_unsharded(name, schedule, parallel.zero_gather) if placements.weights else None,
     )
+
+
+def check_overlapping_steps(config: TrainConfig, name: str) -> None:
+    """Raise InputError, with the way out, where overlapping steps of a stage have no meaning."""
+    parallel, training = config.parallel, config.training
+    reasons = {
+        f"zero_stage={parallel.zero_stage} must be 0 or 1: gradients and weights in shards have one version": (
+            (parallel.zero_stage or 0) >= 2
+        ),
+        "tied_embeddings=True must be false: the first and the last stage update their copies at different times": (
+            config.model.tied_embeddings and parallel.pipeline_parallel_size > 1
+        ),
+        f"num_experts={config.model.num_experts} must not be given: the loads of experts are balanced step by step": (
+            config.model.num_experts is not None
+        ),
+        f"cuda_graphs={training.cuda_graphs!r} must be 'off': a graph reads one version of the weights": (
+            training.cuda_graphs != "off"
+        ),
+        "read_metrics_late=True must be false: the metrics of overlapping steps are read together": (
+            training.read_metrics_late
+        ),
+        f"cluster={training.cluster!r} must not be given: it predicts steps that do not overlap": (
+            training.cluster is not None
+        ),
+    }
+    reason = next((text for text, holds in reasons.items() if holds), None)
+    check(reason is None, f"schedule={name!r}: {reason}")
 
 
 @lru_cache(maxsize=64)

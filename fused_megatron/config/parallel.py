@@ -45,6 +45,9 @@ class ParallelConfig:
     """Pipeline stages of each rank. None: as few as the schedule allows."""
     schedule: str | None = None
     """Pipeline schedule; `fused-megatron schedule` lists them. None: 1f1b, or interleaved_1f1b with several stages."""
+    steps_per_flush: int = 16
+    """With schedule pipedream or pipedream_2bw: steps that overlap, until the pipeline drains for a pause. The numbers
+    are the same for each value."""
     pipeline_cut: tuple[int, ...] | None = None
     """Number of blocks in each stage. None: a cut that gives all ranks about the same cost."""
     data_parallel_size: int | None = None
@@ -129,6 +132,7 @@ class ParallelConfig:
     def __post_init__(self) -> None:
         check_positive("tensor_parallel_size", self.tensor_parallel_size)
         check_positive("pipeline_parallel_size", self.pipeline_parallel_size)
+        check_positive("steps_per_flush", self.steps_per_flush)
         check_positive("context_parallel_size", self.context_parallel_size)
         check_positive("expert_parallel_size", self.expert_parallel_size)
         check_positive("expert_tensor_parallel_size", self.expert_tensor_parallel_size)

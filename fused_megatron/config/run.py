@@ -131,3 +131,15 @@ class TrainConfig:
             f"microbatch_size={self.training.microbatch_size} x data_parallel_size={dp_size}, i.e. by their product",
             self.training.microbatch_size * dp_size,
         )
+        number = self.training.global_batch_size // self.training.microbatch_size // dp_size
+        ranks, schedule = self.parallel.pipeline_parallel_size, self.parallel.schedule
+        check(
+            schedule != "pipedream" or number == 1,
+            f"schedule='pipedream' updates after each microbatch: global_batch_size={self.training.global_batch_size} "
+            f"must be microbatch_size x data_parallel_size={self.training.microbatch_size * dp_size}, or pipedream_2bw",
+        )
+        check(
+            schedule != "pipedream_2bw" or number >= ranks,
+            f"schedule='pipedream_2bw' needs as many microbatches as pipeline ranks: {number} must be at least {ranks} "
+            "(raise global_batch_size)",
+        )

@@ -135,6 +135,15 @@ class Optimizer:
                 # State that was refused an update is exact in bfloat16, and so keeps its value.
                 self._rounding.store(name, step.number, wide, list(self._state[name].values()))
 
+    def follow(self, parameters: Mapping[str, torch.Tensor]) -> None:
+        """Update these tensors from now on: the parameters, with the same values, have moved to other memory."""
+        for name, parameter in parameters.items():
+            if self.main[name] is self._parameters[name]:
+                self.main[name] = parameter.detach()
+                self._parameters[name] = self.main[name]
+            else:
+                self._parameters[name] = parameter.detach()
+
     def round_main_weights(self) -> None:
         """Round the main weights into the parameters in lower precision (after loading only main weights)."""
         for name, parameter in self._parameters.items():

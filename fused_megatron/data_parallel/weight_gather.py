@@ -52,6 +52,11 @@ class WeightGather:
         """Return the rows of a parameter that this rank updates, a view. Call start() after they have changed."""
         return self._rows.of(parameter).own(parameter.detach())
 
+    def follow(self) -> None:
+        """Gather into the memory that the parameters have now. All parameters must be whole."""
+        for bucket in self._buckets:
+            bucket.follow()
+
     def using(self, parameters: Iterable[nn.Parameter], function: Callable[..., Any]) -> Callable[..., Any]:
         """Return a function that waits for all parameters before it runs."""
 
@@ -115,6 +120,9 @@ class _Bucket:
         self._group = replicas.shard_group
         self._blocks = RowBlocks([p.shape for p in self.parameters], replicas.rows)
         self._wait: Callable[[], None] | None = None
+
+    def follow(self) -> None:
+        self._whole = [p.detach() for p in self.parameters]
 
     def start(self) -> None:
         assert self._group is not None

@@ -37,7 +37,8 @@ class RankMemory:
 
     Attributes:
         num_parameters: parameters of this rank (a number, not bytes).
-        weights: 4 bytes a parameter in float32, 2 in bfloat16; with zero_stage=3 only for this rank's share.
+        weights: 4 bytes a parameter in float32, 2 in bfloat16; with zero_stage=3 only for this rank's share. With an
+            asynchronous schedule as much for each older version.
         gradients: 4 bytes a parameter (float32); with zero_stage=2 or 3 only for this rank's share.
         optimizer: AdamW has 8 bytes a parameter for float32 moments; 12 in bfloat16, which also has float32 main
             weights (other kinds: optimizer_memory.py). With ZeRO only this rank's share of the parameters counts,
@@ -90,10 +91,11 @@ class _Formulas:
 
     def __init__(self, config: TrainConfig, dp_size: int, of_stage: StageFormula) -> None:
         self._config, self._of_stage = config, of_stage
-        self._plan: PipelinePlan = plan_pipeline(config)
+        self._plan: PipelinePlan = plan_pipeline(config, asynchronous=True)
         self._spans = stage_spans(config, self._plan)
         training = config.training
         self._num_microbatches = training.global_batch_size // training.microbatch_size // dp_size
+        self._versions = self._plan.weight_versions()
         self._placements, self._shards, self._expert_shards = _sharding(config, dp_size)
         self._stages: dict[object, tuple[ParameterCounts, StageBytes]] = {}
 
@@ -116,7 +118,7 @@ class _Formulas:
         updating = update_bytes(config.optimizer, config.training.weight_dtype, config.model, own)
         return RankMemory(
             counts.total,
-            weights=size * (own if placements.weights else counts.total),
+            weights=size * self._versions[rank] * (own if placements.weights else counts.total),
             gradients=BYTES_PER_ELEMENT * (own if placements.gradients else counts.total),
             optimizer=optimizer_bytes(config.optimizer, config.training.weight_dtype, own_matrices, own_others),
             activations=activations,

@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 from fused_megatron.assembly.pipeline_plan import PipelinePlan
 from fused_megatron.pipeline.schedule.action import ENDS_OF_BACKWARD, Action, Kind, stages_of
-from fused_megatron.pipeline.schedule.schedules import build_schedule
+from fused_megatron.pipeline.schedule.schedules import ASYNCHRONOUS, build_schedule
 
 HOLD_ALL = ("gpipe", "looped_breadth_first")
 """Schedules that hold all microbatches of a step."""
@@ -62,7 +62,9 @@ def _rank_moments(name: str, placement: tuple[int, ...], num_microbatches: int, 
 @lru_cache(maxsize=64)
 def _actions(name: str, placement: tuple[int, ...], num_microbatches: int) -> tuple[tuple[Action, ...], ...]:
     num_ranks = max(placement) + 1
-    return build_schedule(name, num_ranks, num_microbatches, len(placement) // num_ranks).actions
+    # Steps overlap: as many as are under way at once, and one that begins in the middle of these.
+    num_steps = 1 + -(-num_ranks // num_microbatches) if name in ASYNCHRONOUS else 1
+    return build_schedule(name, num_ranks, num_microbatches, len(placement) // num_ranks, num_steps).actions
 
 
 def _fewer(plan: PipelinePlan, num_microbatches: int) -> int:
@@ -80,11 +82,14 @@ def _moments(stages: Sequence[int], actions: Sequence[Action]) -> list[Moment]:
     held, deferred, begun = [0] * len(stages), [0] * len(stages), set[int]()
     found: dict[Moment, None] = {}
     for index, (stage, kind, _) in enumerate(actions):
+        if kind == Kind.UPDATE:
+            continue
         at = position[stage]
+        updates = index + 1 < len(actions) and actions[index + 1].kind == Kind.UPDATE
         held[at] -= kind in (Kind.BACKWARD, Kind.INPUT_GRAD)
         deferred[at] -= kind == Kind.WEIGHT_GRAD
         is_first = kind in ENDS_OF_BACKWARD and stage not in begun
-        moment = Moment(kind, at, tuple(held), tuple(deferred), is_first, index == last[stage])
+        moment = Moment(kind, at, tuple(held), tuple(deferred), is_first, updates or index == last[stage])
         found[moment] = None
         held[at] += kind == Kind.FORWARD
         deferred[at] += kind == Kind.INPUT_GRAD

@@ -17,6 +17,7 @@ from fused_megatron.collectives.together import gather_json
 from fused_megatron.config import OptimizerConfig, ParallelConfig, TrainConfig, TrainingConfig
 from fused_megatron.config.config_file import load_config
 from fused_megatron.data.training_data import open_held_out_data
+from fused_megatron.pipeline.schedule.schedules import ASYNCHRONOUS
 from fused_megatron.planning.command_line import split_options, whole_number
 from fused_megatron.training.device_settings import on_device
 from fused_megatron.training.evaluation import Evaluation, evaluate
@@ -121,6 +122,8 @@ def _config_of(run: RunFolder, checkpoint: Path | None, options: EvaluateOptions
     model_ranks = replace(parallel, data_parallel_size=1).num_ranks
     if this_rank.world_size % model_ranks and not any(name.startswith("__parallel.") for name in chosen):
         parallel = ParallelConfig(timeout_s=parallel.timeout_s)  # the ranks that are here read different samples
+    if parallel.schedule in ASYNCHRONOUS:
+        parallel = replace(parallel, schedule=None)  # forwards are the same
     model = replace(config.model, vocab_size=read_run_state(checkpoint)["vocab_size"])
     # No moments: they would take twice the memory of the weights.
     optimizer = OptimizerConfig(kind="sgd", momentum=0.0)

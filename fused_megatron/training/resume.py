@@ -15,6 +15,7 @@ from fused_megatron.checks import InputError, check
 from fused_megatron.config import OptimizerConfig, TrainConfig
 from fused_megatron.config.model import TransformerConfig
 from fused_megatron.data_parallel.optimizer import Optimizer
+from fused_megatron.pipeline.schedule.schedules import ASYNCHRONOUS
 from fused_megatron.reference.philox import MASK_VERSION
 from fused_megatron.sharding import Rows
 from fused_megatron.training.learning_rate import learning_rate
@@ -59,6 +60,14 @@ def settings_that_differ(saved: Mapping[str, Any], config: TrainConfig) -> list[
                 continue
             lines.append(f"{section.name}.{name}={_shown(there)} there, {_shown(value)} here")
     return lines
+
+
+def other_update_rule(saved: Mapping[str, Any], config: TrainConfig) -> str | None:
+    """Describe a schedule that changes the update rule, in the checkpoint or here, if the other has another one."""
+    here, there = config.parallel.schedule, saved.get("parallel", {}).get("schedule")
+    if here == there or not {here, there} & set(ASYNCHRONOUS):
+        return None
+    return f"another update rule: parallel.schedule={there or '1f1b'} there, {here or '1f1b'} here"
 
 
 def learning_rate_jump(saved: Mapping[str, Any], config: TrainConfig, step: int) -> str | None:

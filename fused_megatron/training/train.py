@@ -45,10 +45,12 @@ from fused_megatron.training.resume import (
     check_same_state,
     learning_rate_jump,
     other_dropout_masks,
+    other_update_rule,
     settings_that_differ,
 )
 from fused_megatron.training.run_folder_lease import Lease
 from fused_megatron.training.same_start import check_same_config, check_same_data
+from fused_megatron.training.stashed_versions import ANY as STASHED
 from fused_megatron.training.stop_request import StopRequest
 from fused_megatron.training.trackers import Tracker, open_trackers
 from fused_megatron.training.trainer import Progress, Trainer, TrainingError
@@ -94,7 +96,7 @@ def train(config: TrainConfig, run_path: Path, stop: StopRequest | None = None) 
         LostRankError: on every remaining rank; it names the lost ranks.
     """
     _check_trainable(config.model)
-    plan = plan_pipeline(config)
+    plan = plan_pipeline(config, asynchronous=True)
     request = StopRequest() if stop is None else stop
     with joined_ranks(config.parallel.timeout_s) as this_rank:
         presence = Presence(config.parallel.timeout_s)
@@ -219,20 +221,27 @@ def _resume(trainer: Trainer, model_config: TransformerConfig) -> None:
             )
             trainer.optimizer.reset_main_weights()
         else:
+            manifest = read_manifest(checkpoint)
             resumed = ResumedTensors(
                 trainer.parameters,
                 trainer.own_weights,
                 trainer.optimizer,
                 trainer.gradients.replicas.rows,
-                read_manifest(checkpoint),
+                manifest,
             )
+            stashed = on_every_rank(lambda: trainer.stash_boxes_to_fill(checkpoint, manifest, state["config"]))
             load_checkpoint(
                 checkpoint,
-                resumed.boxes | trainer.buffer_boxes(),
+                resumed.boxes | trainer.buffer_boxes() | stashed,
                 rank_tensors=rank_tensors,
                 group=group,
                 allow_missing=(f"{ROUTER_BUFFERS}previous_load", f"{ROUTER_BUFFERS}selection_bias"),
-                allow_extra=(*resumed.allow_extra, f"{ROUTER_BUFFERS}previous_load"),
+                # A synchronous schedule reads no older weights.
+                allow_extra=(
+                    *resumed.allow_extra,
+                    f"{ROUTER_BUFFERS}previous_load",
+                    *([] if trainer.executor.stashed else [STASHED]),
+                ),
             )
             resumed.finish()
         trainer.weights.start()
@@ -257,6 +266,9 @@ def _report_differing_settings(trainer: Trainer, saved: dict[str, Any]) -> None:
     differing = settings_that_differ(saved, trainer.config)
     if differing:
         trainer.reporter.say(f"not as in the checkpoint: {'; '.join(differing)}")
+    rule = other_update_rule(saved, trainer.config)
+    if rule is not None:
+        trainer.reporter.say(f"warning: {rule}")
     jump = learning_rate_jump(saved, trainer.config, trainer.progress.step)
     if jump is not None:
         trainer.reporter.say(f"warning: {jump}")

@@ -13,9 +13,10 @@ from typing import Any
 import torch
 
 from fused_megatron.assembly.assemble import Assembly
+from fused_megatron.assembly.overlapping_steps import OverlappingStep, run_overlapping_steps, steps_until_pause
 from fused_megatron.assembly.step_sums import StepSums
 from fused_megatron.assembly.training_step import StepUnderWay, begin_step
-from fused_megatron.checkpoint import BackgroundSave, save_checkpoint
+from fused_megatron.checkpoint import BackgroundSave, Manifest, save_checkpoint
 from fused_megatron.checkpoint.model_state import buffer_boxes, optimizer_boxes, parameter_boxes
 from fused_megatron.checkpoint.run_folder import RunFolder
 from fused_megatron.checks import SharedError, SharedInputError
@@ -37,6 +38,7 @@ from fused_megatron.training.presence import lost_contact
 from fused_megatron.training.process_group import new_group_for_saves, on_every_rank, world_group
 from fused_megatron.training.progress import Reporter
 from fused_megatron.training.run_folder_lease import Lease
+from fused_megatron.training.stashed_versions import stash_boxes, stash_boxes_to_fill
 from fused_megatron.training.step_log import StepLog, now
 from fused_megatron.training.step_recording import StepProfiler
 from fused_megatron.training.step_rows import StepRows, read_step_rows
@@ -212,7 +214,12 @@ class Trainer:
         mark_all_shards(self.model)
         rows = self.gradients.replicas.rows
         weights = parameter_boxes(self.parameters, self.own_weights, rows)
-        return {**weights, **self.buffer_boxes(), **optimizer_boxes(self.parameters, self.optimizer.state(), rows)}
+        moments = optimizer_boxes(self.parameters, self.optimizer.state(), rows)
+        return {**weights, **self.buffer_boxes(), **moments, **stash_boxes(self._assembly)}
+
+    def stash_boxes_to_fill(self, checkpoint: Path, manifest: Manifest, saved: Mapping[str, Any]) -> dict[str, Any]:
+        """Make the older weights that a checkpoint has, and return them to be filled; see stashed_versions.py."""
+        return stash_boxes_to_fill(self._assembly, checkpoint, manifest, saved)
 
     def buffer_boxes(self) -> dict[str, Any]:
         """Return the buffers of this rank's stages that a checkpoint keeps, as boxes: the state of routers."""
@@ -285,11 +292,15 @@ class Trainer:
         With training.read_metrics_late this step is begun and the step before it finished. Both are finished where this
         one is compared, evaluated or saved, or where the run stops.
 
+        With an asynchronous schedule it does the steps that overlap until the next pause.
+
         Raises:
             NonFiniteError: on every rank; the weights are not updated.
             SharedInputError: on every rank, if one has found damaged tokens.
             CheckpointError: on every rank, if the checkpoint that is written behind training has failed on one.
         """
+        if self._assembly.updates is not None:
+            return self._overlapping_steps()
         if self._beside is not None:
             self._beside.begin_step()
         with nullcontext() if self._ranges is None else self._ranges.step(self.progress.step + 1):
@@ -299,6 +310,35 @@ class Trainer:
                 last, self._begun = self._begun, None
                 stop = self._finish_step(last) or stop
         return stop
+
+    def _overlapping_steps(self) -> str | None:
+        """Do the steps until the next pause, drain the pipeline, and log them; return the reason to stop."""
+        started, training = time.perf_counter(), self.config.training
+        count = steps_until_pause(self.progress.step, training, self.config.parallel.steps_per_flush)
+        read, steps = [], []
+        for number in range(self.progress.step, self.progress.step + count):
+            first = self.progress.samples_consumed
+            end = first + training.global_batch_size
+            read.append(self._batches.take(first, following=end if number + 1 < training.num_steps else None))
+            self.progress.samples_consumed = end
+            lr = learning_rate(number, training.num_steps, self.config.optimizer)
+            steps.append(OverlappingStep(read[-1].batch, number, lr, read[-1].num_targets))
+        pairs = sum(rows.visible_pairs for rows in read)
+        self._background.before_update()
+        sums = run_overlapping_steps(
+            self._assembly, steps, lambda: self._flags(read[0]._replace(visible_pairs=pairs)), world_group()
+        )
+        seconds = (time.perf_counter() - started) / count
+        of_steps = [
+            StepSums(loss, norm, math.isfinite(loss) and math.isfinite(norm), sums.flags, torch.zeros(0))
+            for loss, norm in zip(sums.losses, sums.gradient_norms, strict=True)
+        ]
+        reason = None
+        for step, each in zip(steps, of_steps, strict=True):
+            self.progress.step = step.number + 1
+            self._judge(self.progress.step, each)
+            reason = self._log_step(self.progress.step, seconds, each, step.lr, step.num_targets, {}, count)
+        return reason
 
     def _may_wait(self, step: int) -> bool:
         """Return whether a step may be finished after the next has begun."""
@@ -334,18 +374,31 @@ class Trainer:
 
     def _finish_step(self, begun: _Begun) -> str | None:
         """Read the sums of a step and log it; return the reason to stop."""
-        sums = begun.under_way.finish(lambda sums: self._judge(begun, sums))
+        sums = begun.under_way.finish(lambda sums: self._judge(begun.number, sums))
         ended = time.perf_counter() if begun.ended is None else begun.ended
         seconds, self._last_end = ended - max(begun.started, self._last_end), ended
         compared = {} if self._beside is None else self._beside.end_step(seconds)
+        return self._log_step(begun.number, seconds, sums, begun.under_way.lr, begun.num_targets, compared)
+
+    def _log_step(
+        self,
+        number: int,
+        seconds: float,
+        sums: StepSums,
+        lr: float,
+        num_targets: int,
+        compared: Mapping[str, float],
+        num_steps: int = 1,
+    ) -> str | None:
+        """Log a step; return the reason to stop. The flags are sums over num_steps steps."""
         _, _, *counts = sums.flags
         documents = {}
         if self.data.mask_documents:
-            documents = {"targets": begun.num_targets, "visible_pairs": int(counts.pop())}
+            documents = {"targets": num_targets, "visible_pairs": int(counts.pop()) // num_steps}
         loads = None
         if self.config.model.num_experts is not None:
-            loads = self._assembly.expert_loads.report(sums.expert_loads, gradient_divisor(begun.num_targets))
-        self._log.add(begun.number, seconds, sums, begun.under_way.lr, {**documents, **compared}, loads)
+            loads = self._assembly.expert_loads.report(sums.expert_loads, gradient_divisor(num_targets))
+        self._log.add(number, seconds, sums, lr, {**documents, **compared}, loads)
         return next((reason for reason, count in zip(REASONS, counts, strict=True) if count), None)
 
     def _flags(self, rows: StepRows) -> list[float]:
@@ -360,17 +413,17 @@ class Trainer:
         pairs = [float(rows.visible_pairs)] if self.data.mask_documents else []
         return [damage, float(self._background.failed), *(float(asked == reason) for reason in REASONS), *pairs]
 
-    def _judge(self, begun: _Begun, sums: StepSums) -> None:
+    def _judge(self, number: int, sums: StepSums) -> None:
         """Raise, the same on every rank, if the weights were kept as they are."""
         if sums.flags[0]:
             check = self.data.token_check
             found = gather_json(None if check is None else check.problem, world_group())
             rank, problem = next((rank, problem) for rank, problem in enumerate(found) if problem)
-            raise SharedInputError(f"step {begun.number} on rank {rank}: {problem}")
+            raise SharedInputError(f"step {number} on rank {rank}: {problem}")
         if sums.flags[1]:
             on_every_rank(self._background.finish)
         if not sums.finite:
-            self._raise_non_finite(begun.number, sums.loss, sums.gradient_norm)
+            self._raise_non_finite(number, sums.loss, sums.gradient_norm)
 
     def _raise_non_finite(self, step: int, loss: float, norm: float) -> None:
         # Every rank calls this, since all ranks have the same sums.
@@ -382,9 +435,10 @@ class Trainer:
         where = next(
             (f"; first such gradient: {name[0]} on rank {rank}" for rank, (_, *name) in enumerate(found) if name), ""
         )
-        raise NonFiniteError(
-            f"step {step}: loss={loss} gradient_norm={norm}: not finite, the weights were not updated{where}"
-        )
+        kept = "the weights were not updated"
+        if self._assembly.updates is not None:
+            kept = "stages whose gradients are finite have updated; the checkpoints are from before"
+        raise NonFiniteError(f"step {step}: loss={loss} gradient_norm={norm}: not finite, {kept}{where}")
 
     def _evaluate(self) -> None:
         self.model.eval()

@@ -153,8 +153,8 @@ MUTATIONS = (
     (
         "a resumed run forgets the biases of its routers",
         "fused_megatron/training/train.py",
-        "                resumed.boxes | trainer.buffer_boxes(),\n",
-        "                resumed.boxes,\n",
+        "                resumed.boxes | trainer.buffer_boxes() | stashed,\n",
+        "                resumed.boxes | stashed,\n",
         ("tests/training/test_expert_layouts.py",),
     ),
 )

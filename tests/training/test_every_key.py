@@ -14,7 +14,7 @@ import torch
 
 from fused_megatron.assembly import assemble as assemble_module
 from fused_megatron.assembly.assemble import Assembly, assemble
-from fused_megatron.assembly.build import build_mesh, build_stages, stage_spans
+from fused_megatron.assembly.build import build_stages
 from fused_megatron.assembly.pipeline_plan import plan_pipeline
 from fused_megatron.checkpoint import save as save_module
 from fused_megatron.checkpoint.model_state import buffer_boxes
@@ -33,7 +33,6 @@ from fused_megatron.data.training_data import TrainingData, open_training_data
 from fused_megatron.mesh import init_mesh
 from fused_megatron.models import BatchSlice, new_model
 from fused_megatron.modules.auxiliary_loss import WithAuxiliaryLoss, split_auxiliary_loss
-from fused_megatron.testing.run_on_ranks import run_on_ranks
 from fused_megatron.training.progress import Reporter
 from fused_megatron.training.train import train
 from fused_megatron.training.trainer import Trainer
@@ -93,7 +92,7 @@ class Tried:
         return open_training_data(self.config, lambda *_: None)
 
     def assembly(self) -> Assembly:
-        mesh, plan = init_mesh(), plan_pipeline(self.config)
+        mesh, plan = init_mesh(), plan_pipeline(self.config, asynchronous=True)
         return assemble(self.config, mesh, plan, build_stages(self.config, mesh, plan, torch.device("cpu")))
 
     def trained(self) -> tuple[Trainer, list[dict[str, Any]]]:
@@ -153,6 +152,7 @@ class Row(NamedTuple):
 
 
 CHANGED = object()
+OVERLAPPING = {"parallel.schedule": "pipedream_2bw"}
 
 
 def updated(tried: Tried) -> list[float]:
@@ -345,10 +345,11 @@ ROWS: dict[str, Row] = {
     "training.profile_steps": Row(1, lambda tried: saved(tried, "profile"), ["rank-0.trace.json"]),
     "training.named_ranges": Row(True, lambda tried: tried.trained()[0]._ranges is not None, True),
     "training.replica_check_interval": Row(2, replica_checks, [1, 1]),
+    # Numbers of overlapping steps besides 1; every second step there is an evaluation.
+    "parallel.steps_per_flush": Row(1, lambda tried: [*tried.trained()[0].executor._other_steps], [], OVERLAPPING),
 }
-# Keys whose effect needs several ranks, a terminal or the files of a command, and the tests that have them.
+# Keys whose effect needs a terminal or the files of a command, and the tests that have them.
 ELSEWHERE = {
-    **dict.fromkeys([f"parallel.{f.name}" for f in dataclasses.fields(ParallelConfig)], "test_keys_of_the_layout"),
     **dict.fromkeys(
         ["data.weights", *(f"training.{name}" for name in ("run_folder", "log_interval", "tensorboard", "trackers"))],
         "test_lines_and_folders",
@@ -365,7 +366,8 @@ def test_every_key_has_a_row() -> None:
         for field in dataclasses.fields(kind)
         if section != "bert" or field.name not in inherited
     }
-    assert keys == {*ROWS, *ELSEWHERE}
+    layout = {key for key in keys if key.startswith("parallel.") and key not in ROWS}  # test_keys_of_the_layout.py
+    assert keys - layout == {*ROWS, *ELSEWHERE}
     assert not {*ROWS} & {*ELSEWHERE}
     assert {field.name for field in dataclasses.fields(TrainConfig)} == {*SECTIONS} - {"bert"}
     assert all(name in globals() for name in ELSEWHERE.values())
@@ -412,70 +414,6 @@ def test_key(key: str, folder: Path, tmp_path: Path, unchanged: Callable[[dict[s
     else:
         assert after == pytest.approx(row.wanted) if isinstance(row.wanted, float) else after == row.wanted
         assert before != after
-
-
-def layout_facts(rank: int, world_size: int, folder: Path) -> dict[str, Any]:
-    """Return the effect of each key of the layout, on four ranks."""
-
-    def made(**changes: Any) -> tuple[TrainConfig, Any, Any]:
-        keys = {name if "." in name else f"parallel.{name}": value for name, value in changes.items()}
-        config = config_of(folder, {"training.global_batch_size": 8} | keys)
-        return config, build_mesh(config), plan_pipeline(config)
-
-    found: dict[str, Any] = {}
-    for name in ("tensor", "pipeline", "data", "context"):
-        _, mesh, _ = made(**({"tensor_parallel_size": 2} if name == "data" else {}), **{f"{name}_parallel_size": 2})
-        found[f"{name}_parallel_size"] = mesh.tp_size, mesh.pp_size, mesh.cp_size, mesh.dp_size
-    changes = {"pipeline_parallel_size": 2, "tensor_parallel_size": 2}
-    found["stages_per_rank"] = made(**changes, stages_per_rank=1)[2].num_stages
-    config, _, plan = made(**changes, schedule="gpipe", pipeline_cut=(2, 0))
-    found["schedule"] = plan.schedule(2).name
-    found["pipeline_cut"] = [len(range(span.start, span.stop)) for span in stage_spans(config, plan)]
-    for key, value in (("sequence_parallel", True), ("overlap", 2), ("context_parallel_method", "all_gather")):
-        config, mesh, plan = made(tensor_parallel_size=4, **{key: value})
-        stages = build_stages(config, mesh, plan, torch.device("cpu"))
-        found[key] = getattr(next(iter(stages.stages.values())).layout, key)
-    for key, value in (("zero_stage", 0), ("zero_shard_size", 2)):
-        config, mesh, plan = made(**{key: value})
-        stages = build_stages(config, mesh, plan, torch.device("cpu"))
-        found[key] = assemble(config, mesh, plan, stages).gradients.replicas.dense.rows.num_shards
-    found["zero_gather"] = made(zero_stage=3, zero_gather="step")[2].max_unsharded
-    experts = {"expert_parallel_size": 2, "expert_tensor_parallel_size": 2, "expert_dispatch": "all_gather"}
-    config, mesh, plan = made(**experts, **{"model.num_experts": 4})
-    layout = next(iter(build_stages(config, mesh, plan, torch.device("cpu")).stages.values())).layout
-    found |= {"expert_parallel_size": layout.ep_group.size(), "expert_dispatch": layout.expert_dispatch}
-    found["expert_tensor_parallel_size"] = layout.etp_group.size()
-    config, mesh, plan = made(**changes, timeout_s=7.0, scatter_messages=False)
-    executor = assemble(config, mesh, plan, build_stages(config, mesh, plan, torch.device("cpu"))).executor
-    found["timeout_s"] = executor._connections._control.options._timeout.total_seconds()
-    found["scatter_messages"] = executor._loop._messages._parts.place
-    return found
-
-
-def test_keys_of_the_layout(folder: Path) -> None:
-    expected = {
-        "tensor_parallel_size": (2, 1, 1, 2),
-        "pipeline_parallel_size": (1, 2, 1, 2),
-        "data_parallel_size": (2, 1, 1, 2),
-        "context_parallel_size": (1, 1, 2, 2),
-        "context_parallel_method": "all_gather",
-        "expert_parallel_size": 2,
-        "expert_tensor_parallel_size": 2,
-        "expert_dispatch": "all_gather",
-        "stages_per_rank": 2,
-        "schedule": "gpipe",
-        "pipeline_cut": [2, 0],
-        "sequence_parallel": True,
-        "overlap": 2,
-        "zero_stage": 1,  # shard; 4 with the default
-        "zero_shard_size": 2,
-        "zero_gather": 1,  # stage at once; None with the default
-        "timeout_s": 7.0,
-        "scatter_messages": (0, 1),  # rank in the group, and its size; (tp_rank, 2) with the default
-    }
-    assert expected.keys() == {field.name for field in dataclasses.fields(ParallelConfig)}
-    for found in run_on_ranks(layout_facts, 4, folder, timeout_s=100):
-        assert found == expected
 
 
 def test_lines_and_folders(folder: Path, tmp_path: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch) -> None:

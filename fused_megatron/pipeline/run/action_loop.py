@@ -32,10 +32,17 @@ class StepInputs(NamedTuple):
     inputs: Sequence[tuple[torch.Tensor, ...]]
     targets: Sequence[Any]
     kwargs: Sequence[Mapping[str, Any]]
-    loss_divisor: float
+    loss_divisors: tuple[float, ...]
+    """Divisor of each of the steps of a call, which have equally many microbatches."""
+    num_microbatches: int
+    """Of all steps."""
+
+    def loss_divisor(self, microbatch: int) -> float:
+        """Return the divisor of the step of a microbatch."""
+        return self.loss_divisors[microbatch * len(self.loss_divisors) // self.num_microbatches]
 
 
-_NO_STEP = StepInputs((), (), (), 1.0)
+_NO_STEP = StepInputs((), (), (), (1.0,), 1)
 
 
 def receives_ahead(actions: Sequence[Action], lookahead: int) -> list[list[Action]]:
@@ -107,11 +114,8 @@ class ActionLoop:
         self._messages = messages
         self._hooks = hooks
         self._observe = observe
-        actions = schedule.actions[rank]
-        self._plans = {
-            training: (chosen, receives_ahead(chosen, lookahead))
-            for training, chosen in ((True, actions), (False, forward_only(actions)))
-        }
+        self._lookahead = lookahead
+        self._plans: dict[tuple[int, bool], tuple[Sequence[Action], list[list[Action]]]] = {}
         # Results of computations by the action that takes them: the send, or, if the next stage is on this rank, the
         # receive that it would have otherwise.
         self._results: dict[Action, Tensors] = {}
@@ -124,7 +128,7 @@ class ActionLoop:
         self.around: Around | None = None
         self.current_action: Action | None = None  # the action that runs, or failed
 
-    def run(self, step: StepInputs, shape_ids: ShapeIds, training: bool) -> dict[int, torch.Tensor]:
+    def run(self, step: StepInputs, shape_ids: ShapeIds, training: bool, schedule: Schedule) -> dict[int, torch.Tensor]:
         """Run all actions, or only the forwards; return the loss sums of the microbatches whose last stage is here.
 
         Args:
@@ -132,13 +136,15 @@ class ActionLoop:
             shape_ids: waits for the shape ids of the microbatches (step_table.py); called when a message first needs
                 one.
             training: whether backwards run.
+            schedule: the lowered schedule, or the same with another number of steps.
 
         Raises:
             PeerLost: a message failed, in the action current_action.
             InputError: raised by shape_ids.
             Any error of an action, after the schedule is printed with the action marked.
         """
-        actions, plan = self._plans[training]
+        self._schedule = schedule
+        actions, plan = self._plan(training)
         messages, observe = self._messages, self._observe
         self._step, self._shape_ids, self._losses = step, shape_ids, {}
         self._versions = self._stashed if training else {}
@@ -175,6 +181,15 @@ class ActionLoop:
         self._step = _NO_STEP
         return losses
 
+    def _plan(self, training: bool) -> tuple[Sequence[Action], list[list[Action]]]:
+        """Return the actions of this rank, and the receives to post before each."""
+        key = self._schedule.num_steps, training
+        if key not in self._plans:
+            actions = self._schedule.actions[self._rank]
+            chosen = actions if training else forward_only(actions)
+            self._plans[key] = chosen, receives_ahead(chosen, self._lookahead)
+        return self._plans[key]
+
     def clear(self) -> None:
         """Forget a step that failed, and close the groups of tied weights, so that their other ranks do not wait."""
         self._messages.clear()
@@ -199,7 +214,7 @@ class ActionLoop:
         if action.kind == Kind.FORWARD and action.stage == 0:
             return self._step.inputs[action.microbatch]
         if action.kind != Kind.FORWARD and action.stage == self._last_stage:
-            return (first_gradient(self._losses[action.microbatch], self._step.loss_divisor),)
+            return (first_gradient(self._losses[action.microbatch], self._step.loss_divisor(action.microbatch)),)
         receive = input_of(action)
         local = self._results.pop(receive, None)
         return self._messages.take(receive) if local is None else local
@@ -231,7 +246,7 @@ class ActionLoop:
     def _backward(self, action: Action, operands: Tensors) -> None:
         split = action.kind == Kind.INPUT_GRAD
         gradients = self._stages[action.stage].backward(
-            action.microbatch, operands, split=split, loss_divisor=self._step.loss_divisor
+            action.microbatch, operands, split=split, loss_divisor=self._step.loss_divisor(action.microbatch)
         )
         if action.stage > 0:
             self._pass_on(action, gradients)

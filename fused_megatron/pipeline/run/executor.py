@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from fused_megatron.checks import InputError, SharedInputError, first_line
+from fused_megatron.checks import InputError, SharedInputError, check, first_line
 from fused_megatron.collectives.groups import Group, group_rank
 from fused_megatron.pipeline.run.action_loop import ActionLoop, Around, StepInputs
 from fused_megatron.pipeline.run.channels import Transport
@@ -29,6 +29,8 @@ from fused_megatron.pipeline.run.stashed_weights import StashedWeights
 from fused_megatron.pipeline.run.step_table import shape_id
 from fused_megatron.pipeline.run.tied_weights import TiedWeight
 from fused_megatron.pipeline.schedule.action import SYNCHRONOUS, Action, Kind, Schedule
+from fused_megatron.pipeline.schedule.lowering import lower
+from fused_megatron.pipeline.schedule.schedules import build_schedule
 from fused_megatron.sharding import DeferredWeightGradients, update_record
 
 
@@ -137,14 +139,15 @@ class PipelineExecutor:
             for module in stages.values():
                 for parameter in module.parameters():
                     update_record(parameter, deferred=deferred)
-        stashed = {}
-        if lowered.weights != SYNCHRONOUS:
-            stashed = {stage: StashedWeights(module, stage, lowered) for stage, module in stages.items()}
+        self._other_steps: dict[int, Schedule] = {}
+        stashed = {stage: StashedWeights(module, stage, lowered) for stage, module in stages.items()}
+        self.stashed = stashed if lowered.weights != SYNCHRONOUS else {}
+        """Versions of the weights of this rank's stages, in asynchronous schedules."""
         self._loop = ActionLoop(
             lowered,
             self._rank,
             self._stages,
-            stashed,
+            self.stashed,
             [TiedWeight(weights, *group) for weights, group in zip(tied, self._connections.tied_groups, strict=True)],
             Messages(lowered, self._connections.transport, device, parts, self._connections.global_ranks),
             hooks,
@@ -177,19 +180,22 @@ class PipelineExecutor:
         inputs: Sequence[Any] | None = None,
         targets: Sequence[Any] | None = None,
         *,
-        loss_divisor: float,
+        loss_divisor: float | Sequence[float],
         stage_kwargs: Sequence[Mapping[str, Any]] | None = None,
     ) -> torch.Tensor:
         """Run forward and backward of all microbatches.
 
         With an asynchronous schedule, whose steps overlap, one call runs all steps: inputs and targets hold the
         microbatches of all of them, loss_divisor is the divisor of one, and the result is the sum of their losses.
+        Divisors, one for each step, may be of any number of steps, which this call then runs. The numbers do not
+        depend on where the steps are cut into calls.
 
         Args:
             inputs: on the rank of stage 0 a tensor, or a tuple of tensors, for each microbatch. Ignored on other ranks.
             targets: on the rank of the last stage the target of loss_fn for each microbatch. Ignored on other ranks.
             loss_divisor: the loss is the sum over the microbatches, divided by this: the number of tokens that count,
-                over all data-parallel ranks. Gradients are divided with the loss, once.
+                over all data-parallel ranks. Gradients are divided with the loss, once. Several, the same number on all
+                ranks: one for each overlapping step.
             stage_kwargs: for each microbatch keyword arguments of every stage, the same on all ranks.
 
         Returns:
@@ -200,7 +206,10 @@ class PipelineExecutor:
             PipelineError: another rank failed or is gone; names the rank and the action. The executor is closed then.
         """
         with torch.enable_grad():
-            return self._run(inputs, targets, loss_divisor, stage_kwargs, training=True)
+            if isinstance(loss_divisor, int | float):
+                return self._run(inputs, targets, (loss_divisor,), stage_kwargs, True, self.schedule)
+            schedule = self._of_steps(len(loss_divisor))
+            return self._run(inputs, targets, tuple(loss_divisor), stage_kwargs, True, schedule)
 
     def evaluate(
         self,
@@ -212,20 +221,32 @@ class PipelineExecutor:
     ) -> torch.Tensor:
         """Compute only the loss, by the same schedule without backwards. Arguments, result and errors as step()."""
         with torch.no_grad():
-            return self._run(inputs, targets, loss_divisor, stage_kwargs, training=False)
+            return self._run(inputs, targets, (loss_divisor,), stage_kwargs, False, self.schedule)
 
     def close(self) -> None:
         """Cut the connections of this pipeline; the stages stay as they are."""
         self._loop.clear()
         self._connections.close()
 
+    def _of_steps(self, num_steps: int) -> Schedule:
+        """Return the lowered schedule of a number of overlapping steps."""
+        own = self.schedule
+        if num_steps == own.num_steps:
+            return own
+        if num_steps not in self._other_steps:
+            check(own.weights != SYNCHRONOUS, f"loss_divisor: {num_steps} given, and {own.name} has steps of one each")
+            other = build_schedule(own.name, own.num_ranks, own.num_microbatches, num_steps=num_steps)
+            self._other_steps[num_steps] = lower(other)
+        return self._other_steps[num_steps]
+
     def _run(
         self,
         inputs: Sequence[Any] | None,
         targets: Sequence[Any] | None,
-        loss_divisor: float,
+        loss_divisors: tuple[float, ...],
         stage_kwargs: Sequence[Mapping[str, Any]] | None,
         training: bool,
+        schedule: Schedule,
     ) -> torch.Tensor:
         connections, loop = self._connections, self._loop
         for stage in self._stages.values():
@@ -233,9 +254,9 @@ class PipelineExecutor:
         if connections.closed:
             raise RuntimeError("this PipelineExecutor is closed, by close() or after a fault (make a new one)")
         try:
-            step = self._begin(inputs, targets, loss_divisor, stage_kwargs, training)
-            losses = loop.run(step, connections.table.shape_ids, training)
-            count = len(self.schedule.microbatches)
+            step = self._begin(inputs, targets, loss_divisors, stage_kwargs, training, schedule)
+            losses = loop.run(step, connections.table.shape_ids, training, schedule)
+            count = len(schedule.microbatches)
             shared = connections.share_losses([losses[m] for m in range(count)] if losses else None, count)
             if training and self._auxiliary_losses:
                 shared = connections.add_auxiliary_losses(shared, [s.auxiliary_losses for s in self._stages.values()])
@@ -250,24 +271,27 @@ class PipelineExecutor:
             self._give_up(error)
             raise
         self.microbatch_losses = shared
-        return shared.sum() / loss_divisor
+        if len(loss_divisors) == 1:
+            return shared.sum() / loss_divisors[0]
+        return (shared.view(len(loss_divisors), -1).sum(1) / shared.new_tensor(loss_divisors)).sum()
 
     def _begin(
         self,
         inputs: Sequence[Any] | None,
         targets: Sequence[Any] | None,
-        loss_divisor: float,
+        loss_divisors: tuple[float, ...],
         stage_kwargs: Sequence[Mapping[str, Any]] | None,
         training: bool,
+        schedule: Schedule,
     ) -> StepInputs:
         """Check the arguments, and start to exchange the result with the other ranks while the first stage computes."""
         step, error, ids = None, None, None
         try:
             device = self._connections.device
-            step = step_inputs(self.schedule, self._rank, device, inputs, targets, loss_divisor, stage_kwargs)
+            step = step_inputs(schedule, self._rank, device, inputs, targets, loss_divisors, stage_kwargs)
         except InputError as wrong:
             error = wrong
-        count = len(self.schedule.microbatches)
+        count = len(schedule.microbatches)
         if step is not None and 0 in self._stages:
             ids = [shape_id(step.inputs[m], step.kwargs[m] if step.kwargs else {}) for m in range(count)]
         table = self._connections.table

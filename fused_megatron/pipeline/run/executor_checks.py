@@ -111,7 +111,7 @@ def step_inputs(
     device: torch.device,
     inputs: Sequence[Any] | None,
     targets: Sequence[Any] | None,
-    loss_divisor: float,
+    loss_divisors: tuple[float, ...],
     stage_kwargs: Sequence[Mapping[str, Any]] | None,
 ) -> StepInputs:
     """Check the arguments of a step, and return the part that this rank needs.
@@ -119,10 +119,11 @@ def step_inputs(
     Raises:
         InputError: an argument is missing, has not one item for each microbatch, or has the wrong type or device.
     """
-    check(
-        isinstance(loss_divisor, int | float) and math.isfinite(loss_divisor) and loss_divisor > 0,
-        f"loss_divisor={loss_divisor!r} must be a number above 0",
-    )
+    for loss_divisor in loss_divisors:
+        check(
+            isinstance(loss_divisor, int | float) and math.isfinite(loss_divisor) and loss_divisor > 0,
+            f"loss_divisor={loss_divisor!r} must be a number above 0",
+        )
     count = len(schedule.microbatches)
     own_inputs: list[tuple[torch.Tensor, ...]] = []
     if schedule.placement[0] == rank:
@@ -144,7 +145,7 @@ def step_inputs(
                 what = f"targets[{index}].device={target.device}"
                 check(target.device == device, f"{what} must be {device}, as the stages")
     kwargs = () if stage_kwargs is None else _items("stage_kwargs", stage_kwargs, count)
-    return StepInputs(own_inputs, own_targets, kwargs, loss_divisor)
+    return StepInputs(own_inputs, own_targets, kwargs, loss_divisors, count)
 
 
 def needs_gradients(stages: Iterable[StageCompute], step: StepInputs) -> bool:

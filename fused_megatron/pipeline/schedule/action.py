@@ -196,41 +196,44 @@ def peak_live_activations(schedule: Schedule) -> list[int]:
     return [max(live_activations(actions), default=0) for actions in schedule.actions]
 
 
+def updates_behind(schedule: Schedule, stage: int) -> int:
+    """Return the number of updates by which the weights of a microbatch are older than the newest of its update.
+
+    synchronous: 0. one_step_delay: 1 on every stage. stashed: the number of later stages, as many as a microbatch
+    passes between its forward and its backward.
+    """
+    if schedule.weights == ONE_STEP_DELAY:
+        return 1
+    return schedule.num_stages - 1 - stage if schedule.weights == STASHED else 0
+
+
+def microbatches_of_update(schedule: Schedule) -> int:
+    """Return the number of microbatches whose gradients one update takes."""
+    return 1 if schedule.weights == STASHED else schedule.num_microbatches
+
+
 def weight_versions(schedule: Schedule) -> dict[tuple[int, int], int]:
     """Return for each (stage, microbatch) the number of updates in the weights of its forward **and** its backward.
 
-    synchronous: 0. one_step_delay, step t: max(0, t - 1), so w(t + 1) = w(t) - lr * g(w(t - 1)) on every stage.
-    stashed: the newest version at the forward, kept for the backward; earlier stages have older versions then.
+    Synchronous: 0. Otherwise update t uses max(0, t - updates_behind), counted from the first update of the training,
+    so with one_step_delay w(t + 1) = w(t) - lr * g(w(t - 1)) on every stage.
     """
-    versions = {}
-    for actions in schedule.actions:
-        made: dict[int, int] = {}
-        for action in actions:
-            stage = action.stage
-            if action.kind == Kind.UPDATE:
-                made[stage] = made.get(stage, 0) + 1
-            elif action.kind == Kind.FORWARD:
-                version = made.get(stage, 0) if schedule.weights == STASHED else 0
-                if schedule.weights == ONE_STEP_DELAY:
-                    version = max(0, action.microbatch // schedule.num_microbatches - 1)
-                versions[stage, action.microbatch] = version
-    return versions
+    if schedule.weights == SYNCHRONOUS:
+        return {(stage, m): 0 for stage in range(schedule.num_stages) for m in schedule.microbatches}
+    every = microbatches_of_update(schedule)
+    return {
+        (stage, m): max(0, m // every - updates_behind(schedule, stage))
+        for stage in range(schedule.num_stages)
+        for m in schedule.microbatches
+    }
 
 
 def peak_weight_versions(schedule: Schedule) -> list[int]:
-    """Return for each rank the most versions of a stage's weights kept at once: the newest and all versions in use."""
-    versions, peaks = weight_versions(schedule), []
-    for actions in schedule.actions:
-        peak, newest = 1, dict.fromkeys((a.stage for a in actions), 0)
-        in_use: dict[int, list[int]] = {stage: [] for stage in newest}
-        for action in actions:
-            stage = action.stage
-            if action.kind == Kind.UPDATE:
-                newest[stage] += 1
-            elif action.kind == Kind.FORWARD:
-                in_use[stage].append(versions[stage, action.microbatch])
-            elif action.kind in ENDS_OF_BACKWARD:
-                in_use[stage].remove(versions[stage, action.microbatch])
-            peak = max(peak, len({newest[stage], *in_use[stage]}))
-        peaks.append(peak)
-    return peaks
+    """Return for each rank the most versions of a stage's weights kept at once, the newest included.
+
+    A version is kept until the update for which no later microbatch uses it, also from one call to the next.
+    """
+    behind: list[list[int]] = [[] for _ in range(schedule.num_ranks)]
+    for stage, rank in enumerate(schedule.placement):
+        behind[rank].append(updates_behind(schedule, stage))
+    return [1 + max(each, default=0) for each in behind]

@@ -6,13 +6,14 @@ from fused_megatron.pipeline.schedule.action import (
     COMPUTE,
     ENDS_OF_BACKWARD,
     KINDS,
-    STASHED,
     SYNCHRONOUS,
     WITHOUT_INDEX,
     Action,
     Kind,
     Schedule,
     live_activations,
+    microbatches_of_update,
+    updates_behind,
 )
 from fused_megatron.pipeline.schedule.communication_checks import communication_findings
 from fused_megatron.pipeline.schedule.findings import Finding, Positions
@@ -161,12 +162,17 @@ def _sharding(schedule: Schedule) -> Iterator[Finding]:
 
 def _updates(positions: Positions) -> Iterator[Finding]:
     schedule = positions.schedule
-    per_update = 1 if schedule.weights == STASHED else schedule.num_microbatches
+    per_update = microbatches_of_update(schedule)
     wanted = 0 if schedule.weights == SYNCHRONOUS else len(schedule.microbatches) // per_update
     for stage in range(schedule.num_stages):
         done, made = 0, set[int]()
         for rank, position, action in positions.by_stage[stage]:
             done += action.kind in ENDS_OF_BACKWARD
+            if action.kind == Kind.FORWARD and schedule.weights != SYNCHRONOUS:
+                version = action.microbatch // per_update - updates_behind(schedule, stage)
+                if version > len(made):
+                    text = f"{action} uses the weights of {Action(stage, Kind.UPDATE, version - 1)}, a later action"
+                    yield Finding(rank, position, "update", text)
             if action.kind == Kind.UPDATE:
                 number = action.update
                 if number >= wanted or number in made:

@@ -172,6 +172,9 @@ SCHEDULES: dict[str, ScheduleKind] = {
     "pipedream": ScheduleKind(lambda p, v, m, n: pipedream(p, m, n), 1, weights=STASHED),
 }
 
+ASYNCHRONOUS = tuple(name for name, kind in SCHEDULES.items() if kind.weights != SYNCHRONOUS)
+"""Schedules that change the update rule."""
+
 
 def build_schedule(
     name: str,

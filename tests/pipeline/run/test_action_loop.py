@@ -25,10 +25,8 @@ def test_every_kind_has_a_method() -> None:
 
 def test_an_unknown_kind_raises(capfd: pytest.CaptureFixture[str]) -> None:
     executor = one_rank()
-    loop = executor._loop
     actions = (*executor.schedule.actions[0], Action(0, "DREAM", 1))  # an action of a new kind
-    loop._plans[True] = (actions, [[] for _ in actions])
-    loop._schedule = dataclasses.replace(executor.schedule, actions=(actions,))
+    executor.schedule = dataclasses.replace(executor.schedule, actions=(actions,))
     data = [torch.ones(4, 3)] * 2, [torch.ones(4, 1)] * 2
     with pytest.raises(NotImplementedError, match="0DREAM1: there is no method for kind='DREAM'"):
         executor.step(*data, loss_divisor=1)

@@ -10,8 +10,9 @@ from fused_megatron.testing import run_on_ranks
 
 RANKS, HIDDEN, ROWS, LR, MOMENTUM = 3, 6, 4, 0.05, 0.9
 # (schedule, microbatches of a step, steps in one call)
-CASES = [("pipedream_2bw", 3, 5), ("pipedream_2bw", 4, 3), ("pipedream", 1, 7), ("pipedream", 4, 2)]
+CASES = [("pipedream_2bw", 3, 5), ("pipedream_2bw", 4, 1), ("pipedream", 1, 1), ("pipedream", 4, 2)]
 CALLS = 2
+MORE_STEPS = 2  # in the last call, with a divisor of their own each
 
 
 def layers():
@@ -24,6 +25,10 @@ def data(call, count):
     generator = torch.Generator().manual_seed(call)
     drawn = torch.randn(2, count, ROWS, HIDDEN, generator=generator, dtype=torch.float64)
     return drawn[0].unbind(), drawn[1].unbind()
+
+
+def divisors(steps):
+    return [11.0 + step for step in range(steps)]
 
 
 def square(y, target):
@@ -53,6 +58,8 @@ def run_case(rank, name, microbatches, steps):
     for call in range(CALLS):
         inputs, targets = data(call, microbatches * steps)
         losses.append(executor.step(inputs, targets, loss_divisor=microbatches * ROWS).item())
+    inputs, targets = data(CALLS, microbatches * MORE_STEPS)
+    losses.append(executor.step(inputs, targets, loss_divisor=divisors(MORE_STEPS)).item())
     executor.close()
     return losses, updates, [p.detach() for p in stage.parameters()]
 
@@ -69,7 +76,10 @@ def gradients(weights, x, target, divisor):
 
 
 class Weights:
-    """Versions of one stage's weights, by the number of updates; SGD with momentum."""
+    """Versions of one stage's weights, by the number of updates; SGD with momentum.
+
+    The versions go on from call to call: a rule that restarts with a call would depend on the size of the calls.
+    """
 
     def __init__(self, layer):
         self.versions = [[p.detach() for p in layer.parameters()]]
@@ -79,15 +89,12 @@ class Weights:
         self.velocity = [MOMENTUM * v + g for v, g in zip(self.velocity, gradient, strict=True)]
         self.versions.append([w - LR * v for w, v in zip(self.versions[-1], self.velocity, strict=True)])
 
-    def restart(self):
-        self.versions = self.versions[-1:]
 
-
-def play_2bw(stages, inputs, targets, microbatches, divisor):
+def play_2bw(stages, inputs, targets, microbatches, divisors):
     """Play w(t + 1) = w(t) - lr g(w(t - 1)) on all stages; the first step uses w(0)."""
     total = 0.0
-    for step in range(len(inputs) // microbatches):
-        old = [stage.versions[max(0, step - 1)] for stage in stages]
+    for step, divisor in enumerate(divisors):
+        old = [stage.versions[-2:][0] for stage in stages]
         summed = [[torch.zeros_like(w) for w in stage] for stage in old]
         for m in range(step * microbatches, (step + 1) * microbatches):
             loss, found = gradients(old, inputs[m], targets[m], divisor)
@@ -98,15 +105,15 @@ def play_2bw(stages, inputs, targets, microbatches, divisor):
     return total
 
 
-def play_stashing(stages, inputs, targets, divisor):
+def play_stashing(stages, inputs, targets, divisors):
     """Play w_s(t + 1) = w_s(t) - lr g_s(w_0(t - n + 1), .., w_n-1(t)).
 
     Microbatch t uses weights of stage s that are n - 1 - s updates old, the number of later stages.
     """
     total = 0.0
     for t, (x, target) in enumerate(zip(inputs, targets, strict=True)):
-        old = [stage.versions[max(0, t - (RANKS - 1 - s))] for s, stage in enumerate(stages)]
-        loss, found = gradients(old, x, target, divisor)
+        old = [stage.versions[-(RANKS - s) :][0] for s, stage in enumerate(stages)]
+        loss, found = gradients(old, x, target, divisors[t * len(divisors) // len(inputs)])
         total += loss
         for stage, gradient in zip(stages, found, strict=True):
             stage.update(gradient)
@@ -117,21 +124,20 @@ def test_weights_are_those_of_the_update_rule():
     answers = run_on_ranks(run_cases, RANKS)
     for index, (name, microbatches, steps) in enumerate(CASES):
         stages = [Weights(layer) for layer in layers()]
-        for call in range(CALLS):
-            inputs, targets = data(call, microbatches * steps)
-            divisor = microbatches * ROWS
+        for call in range(CALLS + 1):
+            count = steps if call < CALLS else MORE_STEPS
+            inputs, targets = data(call, microbatches * count)
+            of_steps = [microbatches * ROWS] * count if call < CALLS else divisors(count)
             if name == "pipedream_2bw":
-                loss = play_2bw(stages, inputs, targets, microbatches, divisor)
+                loss = play_2bw(stages, inputs, targets, microbatches, of_steps)
             else:
-                loss = play_stashing(stages, inputs, targets, divisor)
+                loss = play_stashing(stages, inputs, targets, of_steps)
             for losses, _, _ in (answer[index] for answer in answers):
                 torch.testing.assert_close(losses[call], loss, rtol=1e-12, atol=0.0)
-            for stage in stages:
-                stage.restart()  # a call ends after all its microbatches; the next call begins with the newest weights
         for rank, stage in enumerate(stages):
             _, updates, got = answers[rank][index]
-            per_call = steps if name == "pipedream_2bw" else steps * microbatches
-            assert updates == [*range(per_call)] * CALLS
+            every = 1 if name == "pipedream_2bw" else microbatches
+            assert updates == [*range(steps * every)] * CALLS + [*range(MORE_STEPS * every)]
             for mine, right in zip(got, stage.versions[-1], strict=True):
                 # Not bitwise: SGD rounds once and the formula twice, and one of the products adds the bias itself.
                 torch.testing.assert_close(mine, right, rtol=1e-12, atol=1e-14)
@@ -141,8 +147,8 @@ def test_the_rules_differ_from_plain_sgd():
     """Check that the test above can tell the rules apart."""
     inputs, targets = data(0, 12)
     delayed, stashed, plain = ([Weights(layer) for layer in layers()] for _ in range(3))
-    play_2bw(delayed, inputs, targets, 1, ROWS)
-    play_stashing(stashed, inputs, targets, ROWS)
+    play_2bw(delayed, inputs, targets, 1, [ROWS] * 12)
+    play_stashing(stashed, inputs, targets, [ROWS] * 12)
     for x, target in zip(inputs, targets, strict=True):
         _, found = gradients([stage.versions[-1] for stage in plain], x, target, ROWS)
         for stage, gradient in zip(plain, found, strict=True):
