@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from array import array
 from collections import defaultdict
 from collections.abc import Iterable
@@ -10,6 +11,7 @@ from typing import NamedTuple
 
 from fused_megatron.checks import check
 from fused_megatron.pipeline.schedule.action import COMPUTE, Action, Kind, Schedule, peak_live_activations
+from fused_megatron.pipeline.view.processor_sharing import Task, times_on_cores
 
 
 @dataclass(frozen=True)
@@ -22,6 +24,7 @@ class Costs:
         reduce_grad, reduce_tied, update: time of one action (only lowered schedules have reductions).
         link_latency: time from the end of a send to its arrival on another rank; it blocks nothing.
         link_occupied: time for which a message blocks its channel (ranks, direction) for the next message.
+        cores: ranks that compute at full speed at once; more of them share the cores (processor_sharing.py).
     """
 
     forward: float | tuple[float, ...] = 1.0
@@ -32,6 +35,7 @@ class Costs:
     update: float = 0.0
     link_latency: float = 0.0
     link_occupied: float = 0.0
+    cores: float = math.inf
 
     def per_stage(self, num_stages: int) -> dict[Kind, tuple[float, ...]]:
         """Return the times of each kind, one for each stage.
@@ -56,6 +60,7 @@ class Costs:
             times[kind] = (getattr(self, kind.name.lower()),) * num_stages
         lowest = min(min(values) for values in (*times.values(), (self.link_latency, self.link_occupied)))
         check(lowest >= 0, f"costs: {lowest} must be 0 or more")
+        check(self.cores > 0, f"cores={self.cores} must be above 0")
         return times
 
 
@@ -192,6 +197,9 @@ class Order:
         clock, free = [0.0] * self.num_ranks, [0.0] * self.num_channels
         starts, ends = list[float](), list[float]()
         entries = zip(self.ranks, self.costs, self.inputs, self.channels, strict=True)
+        if costs.cores < self.num_ranks:
+            tasks = (Task(rank, values[cost], source, channel) for rank, cost, source, channel in entries)
+            return times_on_cores(tasks, costs.cores, latency, occupied)
         for rank, cost, source, channel in entries:
             start = clock[rank]
             if source >= 0:

@@ -135,11 +135,11 @@ class StageTimes:
     def _added_ops(self) -> tuple[float, float]:
         """Return the ops that the layout adds to a block's forward, and to its backward."""
         parallel, engine = self.config.parallel, self.engine
-        forward = engine.context_ops * parallel.context_parallel_size * (parallel.context_parallel_size > 1)
-        forward += engine.unshard_ops * (parallel.zero_stage == 3 and parallel.zero_gather == "block")
-        forward += engine.sequence_ops * parallel.sequence_parallel * (self.tp > 1)
-        shards = engine.shard_ops * (self.tp > 1 and not parallel.sequence_parallel)
-        return forward + shards, 2 * forward + shards
+        ranks = parallel.context_parallel_size
+        turns = 0 if ranks == 1 else ranks if parallel.context_parallel_method == "ring" else 2
+        context, gathers = engine.context_ops * turns, engine.unshard_ops * self._gathers_blocks
+        shards = 0.0 if self.tp == 1 else engine.sequence_ops if parallel.sequence_parallel else engine.shard_ops
+        return context + gathers + shards, 1.3 * context + 2 * gathers + shards
 
     def _extra_ops(self, has_experts: bool) -> float:
         """Return the ops of softmax if the engine's fused kernel does not fit, and of experts one after the other."""
@@ -320,8 +320,10 @@ class StageTimes:
             for works in ([end.forward for end in ends], [end.backward for end in ends])
         )
         gathered, again = self._gather_s(uses * table + others), self._gather_s(others)
+        # Each end gathers its table, and positions or the last norm.
+        host = 1e-6 * self.cluster.launch_us * self.engine.unshard_ops * 2 * uses * self._gathers_blocks
         return ActionWork(
-            Work(data_parallel=self.exposed(gathered, in_forward)),
+            Work(data_parallel=self.exposed(gathered, in_forward), host=host),
             Work(data_parallel=self.exposed(again + self._reduce_s(number), in_backward)),
             Work(),
         )
@@ -336,8 +338,12 @@ class StageTimes:
 
     def _gather_s(self, num_parameters: int) -> float:
         """Return the seconds of a gather of weights in a microbatch, with every ZeRO stage."""
-        gathers = self._placements.weights and self.config.parallel.zero_gather == "block"
-        return self._replica_ring.gather_s(self.size * num_parameters) if gathers else 0.0
+        return self._replica_ring.gather_s(self.size * num_parameters) if self._gathers_blocks else 0.0
+
+    @property
+    def _gathers_blocks(self) -> bool:
+        """Whether every microbatch gathers the weights of each block."""
+        return self._placements.weights and self.config.parallel.zero_gather == "block"
 
     def _reduce_s(self, num_parameters: int) -> float:
         return self._replica_ring.gather_s(self.engine.gradient_bytes * num_parameters)
@@ -368,4 +374,6 @@ class StageTimes:
         backward = Work(
             products=2 * product, memory_bound=logits, tensor_parallel=self._sync(), host=self.engine.head_ops * launch
         )
+        if self.engine.loss_gradients_first:
+            return ActionWork(forward + backward, Work(), Work())
         return ActionWork(forward, backward, Work(products=product))

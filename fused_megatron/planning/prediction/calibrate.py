@@ -180,8 +180,9 @@ def observations_of(found: Found, plan: Plan) -> list[Observation]:
     largest = max(measured.memory)
     predicted = partial(_memory_s, 3 * largest, measured.threads)
     observed.append(_observation(MEMORY, f"{largest} bytes", measured.memory[largest], predicted))
+    turns = max(1.0, measured.ranks / measured.cores)
     for (kind, num_bytes), seconds in measured.collectives.items():
-        predicted = partial(_collective_s, measured.ranks, kind, num_bytes)
+        predicted = partial(_collective_s, measured.ranks, turns, kind, num_bytes)
         observed.append(_observation(COLLECTIVES, f"{kind} of {num_bytes} bytes", seconds, predicted))
     for num_bytes, seconds in measured.messages.items():
         predicted = partial(_message_s, measured.ranks, num_bytes)
@@ -207,9 +208,10 @@ def _memory_s(num_bytes: int, threads: int, cluster: Cluster) -> float:
     return num_bytes / (1e9 * with_threads(cluster, threads).memory_gb_per_s)
 
 
-def _collective_s(ranks: int, kind: str, num_bytes: int, cluster: Cluster) -> float:
+def _collective_s(ranks: int, turns: float, kind: str, num_bytes: int, cluster: Cluster) -> float:
+    """Predict a collective; more ranks than cores do its work in turns."""
     ring = Ring(cluster, ranks)
-    return ring.all_reduce_s(num_bytes) if kind == "all_reduce" else ring.gather_s(num_bytes)
+    return turns * (ring.all_reduce_s(num_bytes) if kind == "all_reduce" else ring.gather_s(num_bytes))
 
 
 def _message_s(ranks: int, num_bytes: int, cluster: Cluster) -> float:

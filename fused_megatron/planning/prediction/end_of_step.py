@@ -6,6 +6,9 @@ from fused_megatron.planning.prediction.cluster import Cluster
 from fused_megatron.planning.prediction.engine import Engine
 from fused_megatron.planning.prediction.transfer_time import Ring
 
+_GLOO_GATHER = 8
+"""Messages of the same bytes that a gather of gloo takes: it receives into new memory, and copies twice."""
+
 
 def replica_ring(cluster: Cluster, parallel: ParallelConfig) -> Ring:
     """Return the links between replicas of the same weights."""
@@ -23,6 +26,22 @@ def message_s(cluster: Cluster, engine: Engine, parallel: ParallelConfig, num_by
     stride = parallel.tensor_parallel_size * parallel.replicas(parallel.data_parallel_size or 1)
     sent = Ring(cluster, parallel.pipeline_parallel_size, stride).message_s(num_bytes)
     return sent + 1e-6 * cluster.launch_us * engine.message_ops
+
+
+def tied_s(cluster: Cluster, engine: Engine, parallel: ParallelConfig, num_elements: int) -> float:
+    """Return the seconds in which the first and the last stage add up the gradients of a table that both hold.
+
+    Args:
+        cluster, engine, parallel: of the run.
+        num_elements: of the table, on a tensor-parallel rank.
+    """
+    if not engine.sums_tied_tables:
+        return 0.0
+    replicas = parallel.replicas(parallel.data_parallel_size or 1)
+    rows = replicas if ZERO_STAGES[zero_stage(parallel.zero_stage, replicas)].state else 1
+    num_bytes = engine.gradient_bytes * num_elements / rows
+    distance = (parallel.pipeline_parallel_size - 1) * parallel.tensor_parallel_size * replicas
+    return Ring(cluster, 2, distance).message_s(num_bytes) * (_GLOO_GATHER if cluster.device == "cpu" else 1)
 
 
 def reduction_s(

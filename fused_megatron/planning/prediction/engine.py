@@ -30,12 +30,16 @@ class Engine:
             after the other; as many again where tensor-parallel ranks share each expert.
         embedding_ops, head_ops: ops of the embedding, and of the last norm, the head and the loss, forward or backward.
         shard_ops: ops that tensor parallelism adds to a block's forward, and to its backward.
-        sequence_ops: the same with sequence parallelism, and twice as many in backward.
-        context_ops: ops that context parallelism adds to a block's forward for each of its ranks, and twice as many in
-            backward.
-        unshard_ops: ops that sharded weights (ZeRO stage 3) add to a block's forward, and twice as many in backward.
+        sequence_ops: the same with sequence parallelism.
+        context_ops: ops that context parallelism adds to a block's forward for each rank of a ring, or twice, and 1.3
+            times as many in backward.
+        unshard_ops: ops that sharded weights (ZeRO stage 3) add to a block's forward, and twice as many in backward;
+            and for each gather of an end of the model.
         state_ops: ops of a step for each block whose optimizer state replicas share.
         message_ops: ops that a message between two stages is worth.
+        sums_tied_tables: the gradients of a table that the first and the last stage hold are summed once a step.
+            Otherwise the constants count what this takes.
+        loss_gradients_first: the head computes its gradients in forward, from the logits that it has.
         scatters_messages: obeys parallel.scatter_messages. Otherwise a tensor-parallel rank sends whole messages, or
             the constants count what it sends.
         overlaps_products: collectives of tensor parallelism run beside products.
@@ -63,6 +67,8 @@ class Engine:
     unshard_ops: float = 0.0
     state_ops: float = 0.0
     message_ops: float = 0.0
+    sums_tied_tables: bool = False
+    loss_gradients_first: bool = False
     scatters_messages: bool = False
     overlaps_products: bool = False
     overlaps_gradients: bool = True
@@ -73,18 +79,20 @@ class Engine:
 
 OWN = "fused-megatron"
 ENGINES = {
-    # In units of 1.76 calls of torch's dispatcher, counted on two ranks of a CPU: 123 calls for a block of one rank.
+    # Time of a rank's host on two ranks of a CPU, in models too small for anything else, in units of 1/70 of a block.
     OWN: Engine(
-        forward_ops=25,
-        backward_ops=45,
-        embedding_ops=10,
-        head_ops=25,
-        shard_ops=15,
-        sequence_ops=60,
-        context_ops=22,
-        unshard_ops=60,
-        state_ops=128,
+        forward_ops=32,
+        backward_ops=38,
+        embedding_ops=15,
+        head_ops=27,
+        shard_ops=6,
+        sequence_ops=34,
+        context_ops=20,
+        unshard_ops=22,
+        state_ops=36,
         logit_passes=4,
+        sums_tied_tables=True,
+        loss_gradients_first=True,
         scatters_messages=True,
         overlaps_products=True,
     ),

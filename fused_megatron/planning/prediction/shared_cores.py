@@ -1,7 +1,10 @@
-"""Ranks that share the cores of a CPU: threads of each rank, and waits where ranks exceed the cores."""
+"""Ranks that share the cores of a CPU: threads of each rank, and turns where ranks exceed the cores."""
 
 import dataclasses
+import math
+from collections.abc import Sequence
 
+from fused_megatron.pipeline.view.processor_sharing import Task, times_on_cores
 from fused_megatron.planning.prediction.cluster import Cluster
 
 
@@ -21,22 +24,25 @@ def of_one_rank(cluster: Cluster, num_ranks: int) -> Cluster:
     return with_threads(cluster, max(1, cluster.gpus_per_node // num_ranks))
 
 
-def waiting_s(cluster: Cluster, num_ranks: int, work_s: float, stages: int, num_microbatches: int) -> float:
-    """Return the least time of a step whose ranks take turns on the cores of a CPU; 0 on GPUs.
-
-    The waits of a rank for another are filled by other ranks of its core, except at both ends of a pipeline: while
-    fewer ranks work than there are cores, cores are idle.
+def cores_of_stages(cluster: Cluster, num_ranks: int, stages: int) -> float:
+    """Return how many pipeline ranks compute at full speed at once, each with its tensor-parallel ranks and replicas.
 
     Args:
         cluster: of one rank.
-        num_ranks: ranks that share the cores.
-        work_s: mean work of a rank.
+        num_ranks: ranks that share the cores of a CPU.
         stages: pipeline ranks.
-        num_microbatches: of a step.
     """
-    cores = cluster.gpus_per_node
-    if cluster.device == "cuda" or num_ranks <= cores:
-        return 0.0
-    of_stage = num_ranks // stages
-    idle = sum(max(0, cores - active * of_stage) for active in range(1, stages))
-    return work_s * (num_ranks + idle / num_microbatches) / cores
+    if cluster.device == "cuda" or num_ranks <= cluster.gpus_per_node:
+        return math.inf
+    return cluster.gpus_per_node / (num_ranks // stages)
+
+
+def ends_on_cores(begins: Sequence[float], works: Sequence[float], cores: float) -> list[float]:
+    """Return when pipeline ranks end the work that each begins at its time.
+
+    Args:
+        begins, works: by rank, in seconds.
+        cores: of cores_of_stages.
+    """
+    tasks = [Task(rank, work, earliest=begin) for rank, (begin, work) in enumerate(zip(begins, works, strict=True))]
+    return times_on_cores(tasks, cores)[1]

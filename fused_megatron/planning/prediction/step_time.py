@@ -9,15 +9,15 @@ from fused_megatron.models import StageSpan
 from fused_megatron.observe.model_flops import gpt_step_flops
 from fused_megatron.pipeline.schedule.action import stages_of
 from fused_megatron.pipeline.view.simulation import Costs, Timeline
-from fused_megatron.planning.parameter_counts import stage_parameters
+from fused_megatron.planning.parameter_counts import stage_parameters, vocabulary_elements
 from fused_megatron.planning.prediction.action_work import ActionWork, Work
 from fused_megatron.planning.prediction.block_time import StageTimes
 from fused_megatron.planning.prediction.cluster import Cluster
-from fused_megatron.planning.prediction.end_of_step import message_s, reduction_s, update_s
+from fused_megatron.planning.prediction.end_of_step import message_s, reduction_s, tied_s, update_s
 from fused_megatron.planning.prediction.engine import OWN, engine_of
 from fused_megatron.planning.prediction.fitted_runs import error_share, outside_of_fit
 from fused_megatron.planning.prediction.played_schedule import PlayedSchedule, play
-from fused_megatron.planning.prediction.shared_cores import of_one_rank, waiting_s
+from fused_megatron.planning.prediction.shared_cores import cores_of_stages, ends_on_cores, of_one_rank
 from fused_megatron.planning.rank_communication import message_bytes, part_gradient_bytes
 
 PARTS = (
@@ -112,15 +112,18 @@ class _Step:
             self._reduction_s([self.spans[s] for s in stages[rank]], [self.works[s] for s in stages[rank]])
             for rank in ranks
         ]
-        ends = [played.ends[rank] + reduced[rank] for rank in ranks]
-        update = max(self._update_s([self.spans[s] for s in stages[rank]]) for rank in ranks)
+        cores = self._cores
+        ends = ends_on_cores(played.ends, reduced, cores)
+        ends[0] = ends[-1] = max(ends[0], ends[-1]) + self._tied_s()
+        # The norm of all gradients is known when the last rank has reduced its own.
+        updates = [self._update_s([self.spans[s] for s in stages[rank]]) for rank in ranks]
+        total = max(ends_on_cores([max(ends)] * len(ends), updates, cores))
+        update = total - max(ends)
         busy = played.busy
         busiest = max(ranks, key=lambda rank: busy[rank])
         work = sum((self.works[s].forward + self.works[s].backward for s in stages[busiest]), Work()) * microbatches
-        mean = sum(busy[rank] + reduced[rank] + update for rank in ranks) / len(busy)
         fixed = 1e-3 * self.cluster.step_ms
-        waits = waiting_s(self.cluster, self.config.parallel.num_ranks, mean, len(busy), microbatches)
-        total = max(max(ends) + update, waits) + fixed
+        total += fixed
         parts = {
             "products": work.products,
             "memory-bound ops": work.memory_bound,
@@ -149,7 +152,20 @@ class _Step:
             weights,
             link_latency=latency,
             link_occupied=sent - latency,
+            cores=self._cores,
         )
+
+    @property
+    def _cores(self) -> float:
+        """Pipeline ranks that compute at full speed at once."""
+        return cores_of_stages(self.cluster, self.config.parallel.num_ranks, max(self.plan.placement) + 1)
+
+    def _tied_s(self) -> float:
+        """Return the seconds of the sum of the gradients of a table that the first and the last rank hold."""
+        if not self.config.model.tied_embeddings or not self.plan.tied or self.plan.placement[-1] == 0:
+            return 0.0
+        elements = vocabulary_elements(self.config.model, self.config.parallel.tensor_parallel_size)
+        return tied_s(self.cluster, self.engine, self.config.parallel, elements)
 
     def _reduction_s(self, spans: list[StageSpan], works: list[ActionWork]) -> float:
         """Return the seconds of gradient reduction and of the gather of updated weights that nothing hides."""

@@ -1,10 +1,11 @@
 """Start here when a step on a CPU is predicted wrong with other numbers of ranks than the calibration had."""
 
 import dataclasses
+import math
 
 from fused_megatron.planning.prediction.calibration_steps import Shape
 from fused_megatron.planning.prediction.cluster import load_cluster
-from fused_megatron.planning.prediction.shared_cores import of_one_rank, waiting_s
+from fused_megatron.planning.prediction.shared_cores import cores_of_stages, ends_on_cores, of_one_rank
 from fused_megatron.planning.prediction.step_time import predict_step
 
 GPU = load_cluster("h100")
@@ -16,10 +17,16 @@ def test_ranks_divide_the_cores() -> None:
     assert of_one_rank(CPU, 1).launch_us == CPU.launch_us
     assert of_one_rank(CPU, 2) == of_one_rank(CPU, 4) == CPU
     assert of_one_rank(GPU, 1) == GPU
-    assert [waiting_s(CPU, ranks, 1.0, 1, 1) for ranks in (1, 2, 4)] == [0, 0, 2]
-    # Of a pipeline of 4 on 2 cores, one rank works at the start and at the end; of two pipelines two work.
-    assert waiting_s(CPU, 4, 1.0, 4, 8) == 2 + 1 / 16 and waiting_s(CPU, 4, 1.0, 2, 8) == 2
-    assert waiting_s(GPU, 512, 1.0, 1, 1) == 0
+    # A pipeline rank has its tensor-parallel ranks and replicas beside it, which need cores, too.
+    assert [cores_of_stages(CPU, ranks, 1) for ranks in (1, 2, 4)] == [math.inf, math.inf, 0.5]
+    assert [cores_of_stages(CPU, 4, stages) for stages in (2, 4)] == [1, 2]
+    assert cores_of_stages(GPU, 512, 4) == math.inf
+
+
+def test_the_end_of_a_step_is_shared_too() -> None:
+    assert ends_on_cores([0.0, 1.0], [1.0, 1.0], math.inf) == [1.0, 2.0]
+    assert ends_on_cores([0.0, 0.0], [1.0, 1.0], 1) == [2.0, 2.0]
+    assert ends_on_cores([0.0, 1.0], [1.0, 1.0], 0.5) == [3.0, 4.0]
 
 
 def test_a_step_of_more_ranks_than_cores_takes_their_work_in_turn() -> None:

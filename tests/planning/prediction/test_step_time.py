@@ -7,6 +7,7 @@ import pytest
 from fused_megatron.checks import InputError
 from fused_megatron.config import GPTConfig, ParallelConfig, TrainConfig, TrainingConfig
 from fused_megatron.models import StageSpan
+from fused_megatron.pipeline.schedule.action import Kind
 from fused_megatron.planning.dry_run import DryRun
 from fused_megatron.planning.prediction.cluster import load_cluster
 from fused_megatron.planning.prediction.step_time import PARTS, fastest_possible, predict_step
@@ -75,6 +76,43 @@ def test_the_bubble_of_1f1b_is_the_number_of_other_ranks_over_microbatches():
     prediction = predict_step(_config(model, pipeline_parallel_size=4, pipeline_cut=(2, 2, 2, 2)), PRODUCTS_ONLY)
     busy = prediction.seconds - prediction.parts["pipeline bubble"]
     assert prediction.parts["pipeline bubble"] / busy == pytest.approx(3 / 32, rel=0.01)
+
+
+def test_the_head_computes_its_gradients_in_forward():
+    # Few products of the blocks: the time of the last stage is its head's.
+    model = dataclasses.replace(MODEL, num_layers=2, vocab_size=65536)
+    config = _config(model, batch=8, pipeline_parallel_size=2, pipeline_cut=(1, 1))
+    own, other = (predict_step(config, PRODUCTS_ONLY, engine=name) for name in ("fused-megatron", "llm-foundry"))
+
+    def seconds(prediction):
+        return {action.kind: end - start for action, start, end in prediction.timeline.events[1]}
+
+    head = 2 * 2 * MODEL.seq_len * MODEL.hidden_size * 65536 / 1e14
+    assert seconds(own)[Kind.FORWARD] - seconds(other)[Kind.FORWARD] == pytest.approx(2 * head, rel=1e-6)
+    assert seconds(other)[Kind.BACKWARD] - seconds(own)[Kind.BACKWARD] == pytest.approx(2 * head, rel=1e-6)
+    # All forwards first: the backwards of the first stage wait for all heads.
+    gpipe, one = (
+        predict_step(dataclasses.replace(config, parallel=dataclasses.replace(config.parallel, schedule=name)), A100)
+        for name in ("gpipe", "1f1b")
+    )
+    assert gpipe.seconds > one.seconds
+
+
+@pytest.mark.parametrize(
+    ("layout", "share"), [({}, 1), ({"tensor_parallel_size": 2}, 2), ({"data_parallel_size": 2}, 2)]
+)
+def test_the_first_and_the_last_stage_sum_a_tied_table(layout, share):
+    slow = dataclasses.replace(PRODUCTS_ONLY, gpus_per_node=1, network_gb_per_s=1.0)
+    config = _config(pipeline_parallel_size=4, **layout)
+
+    def seconds(tied, cluster=slow):
+        model = dataclasses.replace(MODEL, tied_embeddings=tied)
+        return predict_step(dataclasses.replace(config, model=model), cluster).parts["data parallel"]
+
+    # With ZeRO each replica sums its rows.
+    assert seconds(True) - seconds(False) == pytest.approx(4 * 32768 * 1024 / share / 1e9, rel=0.02)
+    cpu = dataclasses.replace(slow, device="cpu", gpus_per_node=8)
+    assert seconds(True, cpu) - seconds(False, cpu) > 4 * (seconds(True) - seconds(False))
 
 
 def test_tensor_parallel_ranks_send_four_all_reduces_a_block():
