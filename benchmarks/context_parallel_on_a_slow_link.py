@@ -15,14 +15,14 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from faults.two_hosts import TwoHosts, missing
-from slow_link import RANKS, join, median_ms, run_on_link, set_rate
+from slow_link import RANKS, join, median_ms, run_on_link
 
 from fused_megatron.collectives.exchanges import start_message
 from fused_megatron.context_parallel import context_parallel_attention, partition_for
 from fused_megatron.context_parallel.attention_plan import AttentionPlan, plan_of
 from fused_megatron.ops.attention import AttentionMask
 from fused_megatron.ops.attention_tiles import AttentionGradients, AttentionSum
+from fused_megatron.testing.two_hosts import TwoHosts, missing
 
 HOSTS = TwoHosts("fm-ring")
 HEADS, KV_HEADS, HEAD_DIM = 8, 8, 64
@@ -95,7 +95,7 @@ def run_rank(rank: int, folder: Path, options: argparse.Namespace) -> None:
     join(rank, folder, real_time=False)
     for mbit_per_s in options.rates:
         if rank == 0:
-            set_rate(HOSTS, mbit_per_s)
+            HOSTS.limit(mbit_per_s)
         dist.barrier()
         for tokens in options.tokens:
             ms = median_ms(steps_of(rank, tokens), options.rounds)

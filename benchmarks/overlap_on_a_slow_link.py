@@ -20,8 +20,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from faults.two_hosts import TwoHosts, missing
-from slow_link import RANKS, join, median_ms, run_on_link, set_rate
+from slow_link import RANKS, join, median_ms, run_on_link
 from torch import nn
 
 from fused_megatron import ops
@@ -29,6 +28,7 @@ from fused_megatron.collectives import Group
 from fused_megatron.collectives.transfers import start_all_gather, start_all_reduce_, start_reduce_scatter
 from fused_megatron.overlap import overlap_costs
 from fused_megatron.tensor_parallel import ColumnParallelLinear, RowParallelLinear, parallel_mlp
+from fused_megatron.testing.two_hosts import TwoHosts, missing
 
 SEQUENCE, HIDDEN, FFN = 2048, 1024, 4096
 HOSTS = TwoHosts("fm-overlap")
@@ -84,7 +84,7 @@ def run_rank(rank: int, folder: Path, options: argparse.Namespace) -> None:
     rows = {False: SEQUENCE, True: SEQUENCE // RANKS}
     for mbit_per_s in options.rates:
         if rank == 0:
-            set_rate(HOSTS, mbit_per_s)
+            HOSTS.limit(mbit_per_s)
         dist.barrier()
         overlap_costs.cache_clear()
         for sequence_parallel in (False, True) if options.sequence_parallel is None else (options.sequence_parallel,):

@@ -26,10 +26,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch.distributed as dist
-from faults.two_hosts import TwoHosts, missing
 from gpt_layouts import SIZES
 from predicted_layouts import Job, cases_of, config_of
-from slow_link import join, run_on_link, set_rate
+from slow_link import join, run_on_link
 
 from fused_megatron.planning.prediction.calibrate import Found, Plan, Run, calibrate, measure
 from fused_megatron.planning.prediction.calibrate_command import fit_lines
@@ -39,6 +38,7 @@ from fused_megatron.planning.prediction.machine_measurements import CPU_SIZES, u
 from fused_megatron.planning.prediction.measured_steps import StepTimes, steps_on_rank
 from fused_megatron.planning.prediction.step_time import predict_step
 from fused_megatron.testing import run_on_ranks
+from fused_megatron.testing.two_hosts import TwoHosts, missing
 
 HOSTS = TwoHosts("fm-predicted")
 _AT_ONCE = 3
@@ -159,7 +159,7 @@ def run_on_the_link(rank: int, folder: Path, options: argparse.Namespace) -> Non
 
     for rate in options.rates:
         if rank == 0:
-            set_rate(HOSTS, rate)
+            HOSTS.limit(rate)
         job = job_of(2, options)
         result = run_job(job, run, prints=rank == 0)
         if rank == 0:

@@ -15,7 +15,8 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from faults.two_hosts import DEVICE, TwoHosts
+
+from fused_megatron.testing.two_hosts import DEVICE, TwoHosts
 
 RANKS = 2
 
@@ -56,14 +57,6 @@ def median_ms(steps: dict[str, Callable[[], None]], rounds: int) -> dict[str, fl
     return {name: statistics.median(values) for name, values in times.items()}
 
 
-def set_rate(hosts: TwoHosts, mbit_per_s: int) -> None:
-    """Limit the link between two namespaces that exist, in both directions."""
-    for name in hosts.names:
-        limit = ["rate", f"{mbit_per_s}mbit", "burst", "256kb", "latency", "50ms"]
-        command = ["tc", "-n", name, "qdisc", "replace", "dev", DEVICE, "root", "tbf", *limit]
-        subprocess.run(command, check=True, capture_output=True)
-
-
 def run_on_link(hosts: TwoHosts, name: str, script: str, mbit_per_s: int, limit_s: float) -> None:
     """Make the hosts and their link, run this program on both, and remove them; exit with a line if a rank fails.
 
@@ -77,7 +70,7 @@ def run_on_link(hosts: TwoHosts, name: str, script: str, mbit_per_s: int, limit_
     # A plain SIGTERM would leave the ranks and the namespaces behind.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(f"{name}: ended by SIGTERM"))
     with hosts:
-        set_rate(hosts, mbit_per_s)
+        hosts.limit(mbit_per_s)
         _run_ranks(hosts, name, [sys.executable, script, *sys.argv[1:]], limit_s)
 
 

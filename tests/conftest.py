@@ -2,11 +2,8 @@
 
 import contextlib
 import ctypes
-import importlib
 import os
 import signal
-import sys
-from pathlib import Path
 
 # Inherited by the rank processes that tests start: several ranks on a few cores, one thread each.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -23,6 +20,8 @@ if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN:
 import pytest
 import torch
 
+from fused_megatron.testing.two_hosts import TwoHosts, missing
+
 # Files that take longest: begun first, so that no worker is left with one of them at the end.
 LONG = ("tests/audit/", "tests/training/", "tests/test_")
 
@@ -34,7 +33,6 @@ def pytest_collection_modifyitems(items):
 # Two threads in the process of the tests itself, so that the kernels' threaded paths run.
 torch.set_num_threads(2)
 
-_ROOT = Path(__file__).parents[1]
 
 # linux/capability.h: the version of capget's header with two words a set, and root's rights to pass over permissions.
 _CAPABILITY_VERSION_3 = 0x20080522
@@ -73,14 +71,8 @@ def without_roots_rights():
 @pytest.fixture(scope="module")
 def two_hosts():
     """Two network namespaces joined by a cable, as `make faults` has them."""
-    folder = str(_ROOT / "benchmarks" / "faults")
-    sys.path.insert(0, folder)
-    try:
-        hosts = importlib.import_module("two_hosts")
-    finally:
-        sys.path.remove(folder)
-    why = hosts.missing()
+    why = missing()
     if why:
         pytest.skip(why)
-    with hosts.TwoHosts() as found:
+    with TwoHosts() as found:
         yield found

@@ -21,7 +21,8 @@ from outcomes import Answer, NotHere, Outcome, Seen, ending_words, error_words, 
 from processes import START_S, Ended, Ranks, watched
 from savers import distributed, megatron
 from torch.distributed import checkpoint as dcp
-from two_hosts import DEVICE, TwoHosts, missing
+
+from fused_megatron.testing.two_hosts import DEVICE, TwoHosts, missing
 
 TIMEOUT_S = 5.0
 FAULTY, STEP, NUM_STEPS = 1, 20, 100_000

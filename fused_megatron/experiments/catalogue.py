@@ -46,10 +46,13 @@ class Case(Layout, frozen=True, forbid_unknown_fields=True):
     Attributes:
         forward_ms, backward_ms: with both, the stages sleep for these times instead of computing, and the time of the
             schedule is measured. They are of a rank's share of a microbatch.
+        link_mbit_per_s: two ranks are joined by a cable of this rate, in 10^6 bits per second, which needs root on
+            Linux. Where there is none, the case is left out, and so are the statements about it.
     """
 
     forward_ms: float | None = None
     backward_ms: float | None = None
+    link_mbit_per_s: float | None = None
 
     @property
     def sleeps(self) -> bool:

@@ -71,7 +71,7 @@ def _list(found: Sequence[Experiment]) -> list[str]:
 def _show(each: Experiment) -> list[str]:
     # Both import the planner, which a list does not need.
     from fused_megatron.benchmarking.report.experiment_page import published_lines  # noqa: PLC0415
-    from fused_megatron.experiments.paper_scale import layout_text, published_figures  # noqa: PLC0415
+    from fused_megatron.experiments.paper_scale import case_text, published_figures  # noqa: PLC0415
 
     entry = each.entry
     lines = [
@@ -86,8 +86,7 @@ def _show(each: Experiment) -> list[str]:
     ]
     first = each.config(entry.cases[0])
     for name, case in each.cases.items():
-        sleeps = f", sleeping {case.forward_ms:g} + {case.backward_ms:g} ms" if case.sleeps else ""
-        lines.append(f"| {name} | {layout_text(each.config(name), first)}{sleeps} |")
+        lines.append(f"| {name} | {case_text(each.config(name), first, case)} |")
     for statement in entry.statements:
         formula = f": {statement.quantity} = {statement.formula}" if statement.formula else f": {statement.quantity}"
         lines += ["", f"To hold: {statement.text}{formula} ({statement.kind}). {statement.why}".rstrip()]

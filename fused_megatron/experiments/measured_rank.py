@@ -32,8 +32,10 @@ from fused_megatron.planning.step_recorder import Work
 
 MOST_TIMED_RANKS = 2
 """More ranks share the cores of a small machine, so that their time says nothing."""
-_TIMED_STEPS = 3
-_FIRST_TIMED = 2  # the recorded step has number 1
+TIMED_STEPS = 3
+"""Steps whose median is the time of a run."""
+FIRST_TIMED = 2
+"""Number of the first of them: the recorded step has number 1."""
 
 Measured = dict[str, float]
 
@@ -56,11 +58,31 @@ def measure_rank(rank: int, world_size: int, config: TrainConfig, sleep_ms: tupl
 
     Communication: as the trainer's step.
     """
-    # The ring of shared memory keeps messages in its slots: the bytes that a rank holds would vary.
-    os.environ["FUSED_MEGATRON_SHARED_MEMORY"] = "off"
     if sleep_ms is not None:
+        _leave_out_shared_memory()
         return _sleep(rank, config, sleep_ms)
-    step = record_real_step(config, torch.device("cpu"), _balance_routes)
+    step = recorded_on_rank(config)
+    found = figures_of(step)
+    if world_size <= MOST_TIMED_RANKS:
+        times = RealSteps(step.assembly, torch.device("cpu"), FIRST_TIMED).times(TIMED_STEPS, warm_up=0)
+        found["step_ms"] = 1e3 * times.median_s(without_waits=False)
+    step.assembly.executor.close()
+    return found
+
+
+def recorded_on_rank(config: TrainConfig) -> RecordedStep:
+    """Run and record the first step of a config; every rank of the default process group calls this."""
+    _leave_out_shared_memory()
+    return record_real_step(config, torch.device("cpu"), _balance_routes)
+
+
+def _leave_out_shared_memory() -> None:
+    """Send all messages through sockets. A ring of shared memory keeps some: the bytes that a rank holds would vary."""
+    os.environ["FUSED_MEGATRON_SHARED_MEMORY"] = "off"
+
+
+def figures_of(step: RecordedStep) -> Measured:
+    """Return the bytes and counts of a recorded step by the names of measure_rank."""
     assembly = step.assembly
     schedule = assembly.executor.schedule
     profile = profile_of(step, len(schedule.microbatches))
@@ -68,7 +90,7 @@ def measure_rank(rank: int, world_size: int, config: TrainConfig, sleep_ms: tupl
     by_kind: Counter[str] = Counter()
     for memory, num_bytes in peak.peak.items():
         by_kind[memory.kind] += num_bytes
-    found: Measured = {
+    return {
         "parameters": sum(parameter.numel() for parameter in assembly.parameters.values()),
         **_state(profile),
         **_kept(profile),
@@ -76,11 +98,6 @@ def measure_rank(rank: int, world_size: int, config: TrainConfig, sleep_ms: tupl
         "peak_activations": by_kind[ACTIVATIONS],
         **_work(step),
     }
-    if world_size <= MOST_TIMED_RANKS:
-        times = RealSteps(assembly, torch.device("cpu"), _FIRST_TIMED).times(_TIMED_STEPS, warm_up=0)
-        found["step_ms"] = 1e3 * times.median_s(without_waits=False)
-    assembly.executor.close()
-    return found
 
 
 def _state(profile: StepProfile) -> Measured:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from fused_megatron.benchmarking.report.experiment_results import PublishedFigure
 from fused_megatron.checks import InputError
 from fused_megatron.config import TrainConfig
-from fused_megatron.experiments.catalogue import Experiment, PaperRun, with_dropout
+from fused_megatron.experiments.catalogue import Case, Experiment, PaperRun, with_dropout
 from fused_megatron.observe.model_flops import gpt_step_flops
 from fused_megatron.planning.engine_memory import device_memory
 from fused_megatron.planning.prediction.cluster import Cluster, load_cluster
@@ -173,3 +173,11 @@ def layout_text(config: TrainConfig, first: TrainConfig | None = None) -> str:
         if first is not None and getattr(config.model, name) != getattr(first.model, name):
             texts.append(f"{getattr(config.model, name):,} {word}")
     return ", ".join(texts)
+
+
+def case_text(config: TrainConfig, first: TrainConfig, case: Case) -> str:
+    """Return the layout of a run on this machine in words, and what stands in for its computing or its network."""
+    text = layout_text(config, first)
+    if case.forward_ms is not None and case.backward_ms is not None:
+        text += f", sleeping {case.forward_ms:g} + {case.backward_ms:g} ms"
+    return text if case.link_mbit_per_s is None else f"{text}, cable of {case.link_mbit_per_s:g} Mbit/s"

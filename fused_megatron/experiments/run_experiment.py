@@ -10,8 +10,10 @@ from fused_megatron.benchmarking.report.experiment_results import ExperimentResu
 from fused_megatron.config import TrainConfig
 from fused_megatron.experiments.catalogue import Case, Experiment
 from fused_megatron.experiments.formulas import sizes_of_run
+from fused_megatron.experiments.measured_link import RANKS as LINK_RANKS
+from fused_megatron.experiments.measured_link import measure_on_link, why_no_link
 from fused_megatron.experiments.measured_rank import Measured, largest_of, measure_rank
-from fused_megatron.experiments.paper_scale import layout_text, published_figures
+from fused_megatron.experiments.paper_scale import case_text, published_figures
 from fused_megatron.experiments.trend_checks import judge
 from fused_megatron.planning.rank_memory import rank_memory
 from fused_megatron.testing import run_cases_on_ranks
@@ -34,12 +36,18 @@ def run_experiment(experiment: Experiment, say: Callable[[str], None] = lambda l
     start = time.perf_counter()
     entry = experiment.entry
     configs = {name: experiment.config(name) for name in entry.cases}
+    first = configs[entry.cases[0]]
+    left_out, why = _left_out(experiment)
+    configs = {name: config for name, config in configs.items() if name not in left_out}
     measured = _measure(experiment, configs, say)
     sizes = {name: _names(config, experiment.cases[name]) for name, config in configs.items()}
-    statements = [judge(statement, sizes, measured) for statement in entry.statements]
-    first = configs[entry.cases[0]]
+    statements = [
+        judge(statement, sizes, measured)
+        for statement in entry.statements
+        if not left_out.intersection(statement.cases or entry.cases)
+    ]
     runs = [
-        MeasuredRun(name, layout_text(config, first), config.parallel.num_ranks, measured[name])
+        MeasuredRun(name, case_text(config, first, experiment.cases[name]), config.parallel.num_ranks, measured[name])
         for name, config in configs.items()
     ]
     return ExperimentResult(
@@ -52,9 +60,20 @@ def run_experiment(experiment: Experiment, say: Callable[[str], None] = lambda l
         runs=runs,
         statements=statements,
         published=published_figures(experiment),
-        notes=[*entry.notes, *(run.note for run in experiment.paper_runs.values() if run.note)],
+        notes=[*why, *entry.notes, *(run.note for run in experiment.paper_runs.values() if run.note)],
         settings={"model": model_text(first), "torch": torch.__version__.partition("+")[0]},
     )
+
+
+def _left_out(experiment: Experiment) -> tuple[set[str], list[str]]:
+    """Return the cases that this machine cannot run, and the line that says why."""
+    linked = {name for name, case in experiment.cases.items() if case.link_mbit_per_s is not None}
+    why = why_no_link() if linked else None
+    if why is None:
+        return set(), []
+    statements = sum(bool(linked.intersection(each.cases or linked)) for each in experiment.entry.statements)
+    plural = "s" * (statements > 1)
+    return linked, [f"{', '.join(sorted(linked))} and {statements} statement{plural} left out here: {why}"]
 
 
 def _measure(
@@ -62,14 +81,22 @@ def _measure(
 ) -> dict[str, Measured]:
     """Measure the cases; the cases with the same number of ranks share their processes."""
     groups: dict[int, list[str]] = {}
+    linked: dict[str, tuple[TrainConfig, float]] = {}
     for name, config in configs.items():
-        groups.setdefault(config.parallel.num_ranks, []).append(name)
+        rate = experiment.cases[name].link_mbit_per_s
+        if rate is None:
+            groups.setdefault(config.parallel.num_ranks, []).append(name)
+        else:
+            linked[name] = config, rate
     found: dict[str, Measured] = {}
     for world_size, names in groups.items():
         say(f"{experiment.entry.id}: {', '.join(names)} on {world_size} rank{'s' * (world_size > 1)}")
         cases = [(configs[name], _sleep_ms(experiment.cases[name])) for name in names]
         results = run_cases_on_ranks(measure_rank, world_size, cases, timeout_s=LIMIT_S)
         found |= {name: largest_of(ranks) for name, ranks in zip(names, results, strict=True)}
+    if linked:
+        say(f"{experiment.entry.id}: {', '.join(linked)} on {LINK_RANKS} ranks, joined by a cable")
+        found |= {name: largest_of(ranks) for name, ranks in measure_on_link(linked, LIMIT_S).items()}
     return {name: found[name] for name in configs}
 
 

@@ -3,6 +3,7 @@
 import pytest
 
 from fused_megatron.experiments.catalogue import all_experiments
+from fused_megatron.experiments.measured_link import why_no_link
 from fused_megatron.experiments.run_experiment import run_experiment
 
 FAST = (106, 109)
@@ -13,7 +14,9 @@ def assert_holds(number: int) -> None:
     """Run an experiment; times are not compared, since they depend on the load of the machine."""
     result = run_experiment(all_experiments()[number])
     assert [each for each in result.statements if not each.timed and not each.holds] == []
-    assert len(result.runs) == len(all_experiments()[number].entry.cases)
+    left_out = why_no_link() is not None
+    cases = all_experiments()[number].cases.values()
+    assert len(result.runs) == sum(not (left_out and case.link_mbit_per_s) for case in cases)
     assert all(run.figures for run in result.runs)
 
 

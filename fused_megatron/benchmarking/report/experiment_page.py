@@ -22,7 +22,11 @@ _COLUMNS = (
     ("flops", "FLOPs"),
     ("bubble", "bubble"),
     ("held", "activations at once"),
+    ("bytes_on_link", "over the cable"),
+    ("link_ms", "cable, ms"),
+    ("free_ms", "step without limit, ms"),
     ("step_ms", "step, ms"),
+    ("exposed_ms", "cable left over, ms"),
 )
 _SENT = "sent_"
 _SHARES = {"bubble"}

@@ -1,5 +1,6 @@
 """Two network namespaces joined by a cable: two machines, as far as sockets can tell. Needs root on Linux."""
 
+import ctypes
 import os
 import shutil
 import subprocess
@@ -54,9 +55,56 @@ class TwoHosts:
         """Return the words before a command that runs on one of them."""
         return ["ip", "netns", "exec", self.names[host]]
 
+    def limit(self, mbit_per_s: float) -> None:
+        """Limit the cable to this many 10^6 bits per second, in both directions."""
+        for name in self.names:
+            limit_device(mbit_per_s, name)
+
     def pull_the_cable(self) -> None:
         """Stop all packets from now on; neither side is told."""
         ip("-n", self.names[0], "link", "set", DEVICE, "down")
+
+
+def limit_device(mbit_per_s: float | None, host: str | None = None) -> None:
+    """Limit what a host sends over the cable; at most 256 KiB pass at once.
+
+    Args:
+        mbit_per_s: 10^6 bits per second; None: no limit.
+        host: name of the namespace; None: the one of this thread.
+    """
+    tc = ["tc", *(["-n", host] if host is not None else []), "qdisc"]
+    if mbit_per_s is None:
+        subprocess.run([*tc, "delete", "dev", DEVICE, "root"], capture_output=True)  # fails where there is no limit
+        return
+    rate = ["rate", f"{mbit_per_s:g}mbit", "burst", "256kb", "latency", "50ms"]
+    subprocess.run([*tc, "replace", "dev", DEVICE, "root", "tbf", *rate], check=True, capture_output=True)
+
+
+def enter_host(name: str) -> None:
+    """Move this thread, and the threads that it starts from now on, into a namespace.
+
+    Raises:
+        OSError: no such namespace, or no right to enter it.
+    """
+    descriptor = os.open(f"/run/netns/{name}", os.O_RDONLY)
+    try:
+        libc = ctypes.CDLL(None, use_errno=True)
+        if libc.setns(descriptor, 0) != 0:
+            number = ctypes.get_errno()
+            raise OSError(number, os.strerror(number), name)
+    finally:
+        os.close(descriptor)
+
+
+def sent_bytes() -> int:
+    """Return the bytes that the end of the cable in this process's namespace has sent, headers included."""
+    # /sys shows the namespace of whoever mounted it, /proc/self the namespace of this process.
+    with open("/proc/self/net/dev", encoding="ascii") as file:
+        for line in file:
+            name, _, counts = line.partition(":")
+            if name.strip() == DEVICE:
+                return int(counts.split()[8])
+    raise OSError(f"{DEVICE} is not in this namespace")
 
 
 def ip(*words: str) -> None:
