@@ -20,6 +20,7 @@ namespace fm {
 
 // Arithmetic that compilers vectorise.
 struct CpuActivationMath {
+  static constexpr bool kUnderflows = false;
   // Integers: magnitudes are ordered as their bits are, and compilers recognise a minimum.
   static FM_INLINE float clamp(float u, float limit) {
     const uint32_t bits = std::bit_cast<uint32_t>(u);

@@ -1,7 +1,7 @@
 // Activation functions and their slopes, written once for the CPU and the GPU.
 //
 // Math has the arithmetic in which the CPU and the GPU differ: clamp(u, limit) to [-limit, limit] (any value for NaN),
-// exp2(w) for w in [-126, 126], and reciprocal(x).
+// exp2(w) for w in [-126, 126], and reciprocal(x). kUnderflows: exp2(w) is 0 for every w below -126.
 #pragma once
 
 #include "inlining.h"
@@ -51,7 +51,8 @@ struct GeluErf {
   static FM_INLINE ValueAndSlope at(float u) {
     constexpr float kHalfLog2E = 0.7213475204444817f;
     constexpr float kNormalDensity = 0.3989422804014327f;  // 1 / sqrt(2 pi)
-    const float v = Math::clamp(u, 12.5f);
+    // Where exp2 underflows to 0 no argument is too small for it, and every use of its result becomes 0 with it.
+    const float v = Math::kUnderflows ? u : Math::clamp(u, 12.5f);
     const float exp = Math::exp2(-kHalfLog2E * v * v);
     // erfc(z) / 2 = t P(t) exp(-z^2) with t = 1 / (1 + 0.33 z), z = |v| / sqrt(2). P has the least maximal relative
     // error: 8e-8 for z in [0, 8.9].
@@ -64,7 +65,7 @@ struct GeluErf {
     p = p * t + 0.100961462f;
     p = p * t + 0.0914187059f;
     p = p * t + 0.0931830555f;
-    const float half_erfc = exp < 0x1p-112f ? 0.0f : p * t * exp;
+    const float half_erfc = !Math::kUnderflows && exp < 0x1p-112f ? 0.0f : p * t * exp;
     const float cdf = v < 0.0f ? half_erfc : 1.0f - half_erfc;
     return {u * cdf, cdf + v * kNormalDensity * exp + (u - u)};
   }

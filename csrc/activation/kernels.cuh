@@ -12,6 +12,7 @@ namespace fm {
 
 // Arithmetic in the GPU's fast forms.
 struct DeviceActivationMath {
+  static constexpr bool kUnderflows = true;
   static FM_DEVICE float clamp(float u, float limit) { return fminf(fmaxf(u, -limit), limit); }
   static FM_DEVICE float exp2(float w) { return fast_exp2(w); }
   static FM_DEVICE float reciprocal(float x) { return fast_reciprocal(x); }

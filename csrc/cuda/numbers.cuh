@@ -67,7 +67,12 @@ FM_DEVICE float fast_exp2(float x) {
   asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(result) : "f"(x));
   return result;
 }
-FM_DEVICE float fast_reciprocal(float x) { return __fdividef(1.0f, x); }
+// For x whose reciprocal is a normal number: the division of CUDA has more instructions, for the others.
+FM_DEVICE float fast_reciprocal(float x) {
+  float result;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(result) : "f"(x));
+  return result;
+}
 FM_DEVICE float inverse_sqrt(float x) { return rsqrtf(x); }
 
 FM_DEVICE float to_float(float value) { return value; }

@@ -1,6 +1,7 @@
 // CUDA kernels of the backward of query_key_norm and their launches, on plain pointers, without torch.
 #pragma once
 
+#include "cuda/column_sums.cuh"
 #include "cuda/row_streams.cuh"
 
 #include "query_key_norm_kernels.cuh"
@@ -15,58 +16,71 @@ struct HeadSums {
 
 FM_DEVICE HeadSums head_sums(float2 sums, float scale, float eps) {
   const float rstd = inverse_sqrt(sums.x * scale + eps);
-  return {rstd, rstd * rstd * rstd * (sums.y * scale)};
+  return {rstd, rstd * rstd * (sums.y * scale) * rstd};
 }
 
 // Copies the gradient of the values of one token, kCount elements at a time.
 template <typename T, bool kWide>
 FM_DEVICE void copy_values(const QueryKeyNorm& a, int64_t i0, int64_t i1) {
   using A = Access<T, kWide>;
-  const int runs = static_cast<int>(a.head_dim) / A::kCount, total = runs * static_cast<int>(a.v.heads);
+  const TokenHeads<T> token(a.v, i0, i1);
+  const int runs = static_cast<int>(a.head_dim) / A::kCount, total = runs * token.heads;
+#pragma unroll 1
   for (int i = static_cast<int>(threadIdx.x); i < total; i += 32) {
     const int head = i / runs, column = (i - head * runs) * A::kCount;
     float values[A::kCount];
-    A::unpack(A::load(input_of<T>(a.v, i0, i1, head) + column), values);
-    A::store_whole(output_of<T>(a.v, i0, i1, head) + column, values);
+    A::unpack(A::load(token.source(head) + column), values);
+    A::store_whole(token.result(head) + column, values);
   }
 }
 
-// One head of q or k: writes dx, and adds dy x rstd to the sums of this lane's columns.
+// Every step-th head of q or k of one token: writes dx, and adds dy x rstd to the sums of this lane's columns.
 template <typename T>
-FM_DEVICE void head_backward(const QueryKeyNorm& a, const Heads& heads, const Heads& inputs, const float* weight,
-                             const ShareAngles<16 / sizeof(T)>& angles, const HeadShare& share, int64_t i0, int64_t i1,
-                             int head, int lanes, float (&sums)[2][16 / sizeof(T)]) {
-  constexpr int kCount = 16 / sizeof(T);
-  const bool valid = head < static_cast<int>(heads.heads) && share.exists;
-  Runs<T, true> upstream, input;
-  upstream.load(input_of<T>(heads, i0, i1, head), share, valid);
-  input.load(input_of<T>(inputs, i0, i1, head), share, valid);
-  float g[2][kCount], x[2][kCount], w[2][kCount];
-  upstream.unpack(g[0], g[1]);
-  input.unpack(x[0], x[1]);
-  angles.template turn<true>(share, g[0], g[1]);
-  read_shared(weight + share.first, valid, w[0]);
-  read_shared(weight + share.second, valid && share.has_second, w[1]);
-  float2 own{squares(x[0], x[1]), 0.0f};
+FM_DEVICE void backward_heads(const QueryKeyNorm& a, const TokenHeads<T>& token, const TokenHeads<T>& inputs,
+                              const float* weight, const ShareAngles<16 / sizeof(T)>& angles, const HeadShare& share,
+                              int lanes, float (&sums)[2][16 / sizeof(T)]) {
+  using A = Access<T, true>;
+  constexpr int kCount = A::kCount;
+  const float scale = 1.0f / static_cast<float>(a.head_dim);
+  // All lanes of the warp stay in the loop: they exchange sums.
+#pragma unroll 1
+  for (int base = 0; base < token.heads; base += 32 / lanes) {
+    const int head = base + static_cast<int>(threadIdx.x) / lanes;
+    const T *dy = token.source(head), *input = inputs.source(head);
+    const typename A::Raw raw[4] = {A::load(dy + share.first), A::load(dy + share.second),
+                                    A::load(input + share.first), A::load(input + share.second)};
+    float g[2][kCount], x[2][kCount], w[kCount];
+    A::unpack(raw[0], g[0]);
+    A::unpack(raw[1], g[1]);
+    A::unpack(raw[2], x[0]);
+    A::unpack(raw[3], x[1]);
+    angles.template turn<true>(share, g[0], g[1]);
+    float2 own{squares(x[0], x[1]), 0.0f};
 #pragma unroll
-  for (int i = 0; i < 2; ++i) {
+    for (int i = 0; i < 2; ++i) {
+      read_shared(weight + (i == 0 ? share.first : share.second), w);
 #pragma unroll
-    for (int j = 0; j < kCount; ++j) own.y += g[i][j] * w[i][j] * x[i][j];
-  }
-  const HeadSums found = head_sums(sum_of_lanes(own, lanes), 1.0f / static_cast<float>(a.head_dim), a.eps);
-  // The weights are read again: kept across the sums, they would cost a block of the four on a multiprocessor.
-  read_shared(weight + opaque(share.first), valid, w[0]);
-  read_shared(weight + opaque(share.second), valid && share.has_second, w[1]);
+      for (int j = 0; j < kCount; ++j) own.y += g[i][j] * w[j] * x[i][j];
+    }
+    if (!share.exists) own = {0.0f, 0.0f};
+    const HeadSums found = head_sums(sum_of_lanes(own, lanes), scale, a.eps);
+    const float counted = head < token.heads ? found.rstd : 0.0f;  // the sums count no head twice
+    // The weights are read again: kept across the sums, they would cost a block of the four on a multiprocessor.
 #pragma unroll
-  for (int i = 0; i < 2; ++i) {
+    for (int i = 0; i < 2; ++i) {
+      read_shared(weight + opaque(i == 0 ? share.first : share.second), w);
 #pragma unroll
-    for (int j = 0; j < kCount; ++j) {
-      const float scaled = g[i][j] * found.rstd;
-      sums[i][j] += scaled * x[i][j];
-      x[i][j] = scaled * w[i][j] - x[i][j] * found.projection;
+      for (int j = 0; j < kCount; ++j) {
+        const float scaled = g[i][j] * counted;
+        sums[i][j] += scaled * x[i][j];
+        x[i][j] = scaled * w[j] - x[i][j] * found.projection;
+      }
+    }
+    if (head < token.heads && share.exists) {
+      A::store_whole(token.result(head) + share.first, x[0]);
+      A::store_whole(token.result(head) + share.second, x[1]);
     }
   }
-  if (valid) Runs<T, true>::store(output_of<T>(heads, i0, i1, head), share, x[0], x[1]);
 }
 
 // Adds up the lanes of a warp that have the same columns, and writes their sums for this warp.
@@ -77,8 +91,12 @@ FM_DEVICE void gather_sums(const HeadShare& share, int lanes, const float (&sums
 #pragma unroll
     for (int j = 0; j < kCount; ++j) {
       float sum = sums[i][j];
-      for (int offset = 16; offset >= lanes; offset /= 2) sum = added(sum, from_lane(sum, offset));
-      const bool writes = static_cast<int>(threadIdx.x) < lanes && share.exists && (i == 0 || share.has_second);
+#pragma unroll
+      for (int offset = 16; offset > 0; offset /= 2) {
+        const float other = from_lane(sum, offset);
+        if (offset >= lanes) sum += other;
+      }
+      const bool writes = static_cast<int>(threadIdx.x) < lanes && share.exists;
       if (writes) of_warp[(i == 0 ? share.first : share.second) + j] = sum;
     }
   }
@@ -104,19 +122,14 @@ __global__ void __launch_bounds__(32 * kHeadNormWarps, kHeadNormBackwardBlocks)
   load_weights(a, weights);
   __syncthreads();
   const HeadShare share(a, static_cast<int>(threadIdx.x) % lanes, kCount);
-  const int at_once = 32 / lanes, lane_head = static_cast<int>(threadIdx.x) / lanes;
+  const int n1 = static_cast<int>(a.n1), tokens = static_cast<int>(a.tokens);
   float q_sums[2][kCount] = {}, k_sums[2][kCount] = {};
-  for (int64_t token = static_cast<int64_t>(blockIdx.x) * kHeadNormWarps + threadIdx.y; token < a.tokens;
-       token += static_cast<int64_t>(gridDim.x) * kHeadNormWarps) {
-    const int64_t i0 = token / a.n1, i1 = token - i0 * a.n1;
+  for (int token = static_cast<int>(blockIdx.x * kHeadNormWarps + threadIdx.y); token < tokens;
+       token += static_cast<int>(gridDim.x * kHeadNormWarps)) {
+    const int i0 = token / n1, i1 = token - i0 * n1;
     const ShareAngles<kCount> angles(a, share, i0);
-    // All lanes stay in the loops: they exchange sums.
-    for (int base = 0; base < static_cast<int>(a.q.heads); base += at_once) {
-      head_backward<T>(a, a.q, a.q_input, weights, angles, share, i0, i1, base + lane_head, lanes, q_sums);
-    }
-    for (int base = 0; base < static_cast<int>(a.k.heads); base += at_once) {
-      head_backward<T>(a, a.k, a.k_input, weights + a.head_dim, angles, share, i0, i1, base + lane_head, lanes, k_sums);
-    }
+    backward_heads<T>(a, {a.q, i0, i1}, {a.q_input, i0, i1}, weights, angles, share, lanes, q_sums);
+    backward_heads<T>(a, {a.k, i0, i1}, {a.k_input, i0, i1}, weights + a.head_dim, angles, share, lanes, k_sums);
     copy_values<T, true>(a, i0, i1);
   }
   float* gathered = weights + 2 * a.head_dim;
@@ -129,8 +142,8 @@ __global__ void __launch_bounds__(32 * kHeadNormWarps, kHeadNormBackwardBlocks)
 
 // Where accesses are one element wide: a warp has one head at a time, reads it twice, and has its sums in shared memory.
 template <typename T>
-__global__ void __launch_bounds__(32 * kHeadNormWarps) query_key_norm_backward_narrow_kernel(QueryKeyNorm a) {
-  using Narrow = Runs<T, false>;
+__global__ void __launch_bounds__(32 * kHeadNormWarps, kHeadNormBackwardBlocks)
+    query_key_norm_backward_narrow_kernel(QueryKeyNorm a) {
   FM_DYNAMIC_SHARED(float, weights);  // then the sums of the warps
   float* gathered = weights + 2 * a.head_dim;
   float* of_warp = gathered + static_cast<int64_t>(threadIdx.y) * 2 * a.head_dim;
@@ -138,42 +151,40 @@ __global__ void __launch_bounds__(32 * kHeadNormWarps) query_key_norm_backward_n
   for (int i = static_cast<int>(threadIdx.x); i < 2 * static_cast<int>(a.head_dim); i += 32) of_warp[i] = 0.0f;
   __syncthreads();
   const int shares = static_cast<int>(a.half + (a.head_dim - 2 * a.half + 1) / 2);
-  const int q_heads = static_cast<int>(a.q.heads), num_heads = q_heads + static_cast<int>(a.k.heads);
-  for (int64_t token = static_cast<int64_t>(blockIdx.x) * kHeadNormWarps + threadIdx.y; token < a.tokens;
-       token += static_cast<int64_t>(gridDim.x) * kHeadNormWarps) {
-    const int64_t i0 = token / a.n1, i1 = token - i0 * a.n1;
-    for (int head = 0; head < num_heads; ++head) {
-      const bool is_q = head < q_heads;
-      const Heads& heads = is_q ? a.q : a.k;
-      const int own = is_q ? head : head - q_heads;
-      const T* dy = input_of<T>(heads, i0, i1, own);
-      const T* x_head = input_of<T>(is_q ? a.q_input : a.k_input, i0, i1, own);
-      const float* weight = weights + (is_q ? 0 : a.head_dim);
-      float* sums = of_warp + (is_q ? 0 : a.head_dim);
-      float g[2][1], x[2][1], w[2][1];
-      const auto load = [&](const HeadShare& share) {
-        Narrow upstream, input;
-        upstream.load(dy, share, true);
-        input.load(x_head, share, true);
-        upstream.unpack(g[0], g[1]);
-        input.unpack(x[0], x[1]);
-        ShareAngles<1>(a, share, i0).template turn<true>(share, g[0], g[1]);
-        read_shared(weight + share.first, true, w[0]);
-        read_shared(weight + share.second, share.has_second, w[1]);
-      };
-      float2 both{0.0f, 0.0f};
-      for (int at = static_cast<int>(threadIdx.x); at < shares; at += 32) {
-        load(HeadShare(a, at, 1));
-        both = added(both, {squares(x[0], x[1]), g[0][0] * w[0][0] * x[0][0] + g[1][0] * w[1][0] * x[1][0]});
-      }
-      const HeadSums found = head_sums(warp_sum(both), 1.0f / static_cast<float>(a.head_dim), a.eps);
-      for (int at = static_cast<int>(threadIdx.x); at < shares; at += 32) {
-        const HeadShare share(a, at, 1);
-        load(share);
-        sums[share.first] += g[0][0] * found.rstd * x[0][0];
-        if (share.has_second) sums[share.second] += g[1][0] * found.rstd * x[1][0];
-        for (int i = 0; i < 2; ++i) x[i][0] = g[i][0] * found.rstd * w[i][0] - x[i][0] * found.projection;
-        Narrow::store(output_of<T>(heads, i0, i1, own), share, x[0], x[1]);
+  const int n1 = static_cast<int>(a.n1), tokens = static_cast<int>(a.tokens);
+  for (int token = static_cast<int>(blockIdx.x * kHeadNormWarps + threadIdx.y); token < tokens;
+       token += static_cast<int>(gridDim.x * kHeadNormWarps)) {
+    const int i0 = token / n1, i1 = token - i0 * n1;
+    for (int which = 0; which < 2; ++which) {
+      const float* weight = weights + which * a.head_dim;
+      float* sums = of_warp + which * a.head_dim;
+      const TokenHeads<T> inputs(which == 0 ? a.q_input : a.k_input, i0, i1), heads(which == 0 ? a.q : a.k, i0, i1);
+      for (int head = 0; head < heads.heads; ++head) {
+        float g[2], x[2], w[2];
+        const auto load = [&](const HeadShare& share) {
+          load_two(heads.source(head), share, g);
+          load_two(inputs.source(head), share, x);
+          turn_two(a, share, i0, true, g);
+          w[0] = weight[share.first];
+          w[1] = share.has_second ? weight[share.second] : 0.0f;
+        };
+        float2 both{0.0f, 0.0f};
+        for (int at = static_cast<int>(threadIdx.x); at < shares; at += 32) {
+          load(HeadShare(a, at, 1));
+          both = added(both, {x[0] * x[0] + x[1] * x[1], g[0] * w[0] * x[0] + g[1] * w[1] * x[1]});
+        }
+        const HeadSums found = head_sums(warp_sum(both), 1.0f / static_cast<float>(a.head_dim), a.eps);
+        for (int at = static_cast<int>(threadIdx.x); at < shares; at += 32) {
+          const HeadShare share(a, at, 1);
+          load(share);
+          g[0] *= found.rstd;
+          g[1] *= found.rstd;
+          sums[share.first] += g[0] * x[0];
+          if (share.has_second) sums[share.second] += g[1] * x[1];
+          x[0] = g[0] * w[0] - x[0] * found.projection;
+          x[1] = g[1] * w[1] - x[1] * found.projection;
+          store_two(heads.result(head), share, x);
+        }
       }
     }
     copy_values<T, false>(a, i0, i1);
@@ -183,8 +194,7 @@ __global__ void __launch_bounds__(32 * kHeadNormWarps) query_key_norm_backward_n
 }
 
 inline int64_t query_key_norm_parts(int64_t tokens, int multiprocessors) {
-  const int64_t most = static_cast<int64_t>(multiprocessors) * kHeadNormBackwardBlocks;
-  return std::clamp<int64_t>((tokens + kHeadNormWarps - 1) / kHeadNormWarps, 1, most);
+  return head_norm_blocks(tokens, static_cast<int64_t>(multiprocessors) * kHeadNormBackwardBlocks);
 }
 
 // parts: of query_key_norm_parts(), for which a.partials has memory.

@@ -19,14 +19,22 @@ inline void check_tables(const Tensor& q, const OptionalTensor& cos, const Optio
                   "cos and sin must be alike, [at least S, at most D / 2], on the device of q");
 }
 
+// Kernels have strides of heads as 32-bit numbers of bytes.
+inline void check_head_stride(const Tensor& x) {
+  STD_TORCH_CHECK(x.stride(2) < (int64_t{1} << 28), "heads must be less than 2^28 elements apart");
+}
+
 // q and k, [S, B, heads, D] each, and what comes with them.
 inline void check_query_key(const Tensor& q, const Tensor& k, const OptionalTensor& cos, const OptionalTensor& sin) {
   check_kernel_dtype(q, "q");
   STD_TORCH_CHECK(q.dim() == 4 && k.dim() == 4 && k.scalar_type() == q.scalar_type() && k.size(0) == q.size(0) &&
                       k.size(1) == q.size(1) && k.size(3) == q.size(3) && on_same_device(k, q),
                   "q and k must be alike, [S, B, heads, D], but for the number of heads");
+  STD_TORCH_CHECK(q.size(0) * q.size(1) < (int64_t{1} << 30), "q must have less than 2^30 tokens");
   STD_TORCH_CHECK(q.size(3) >= 1 && q.size(3) <= kLargestNormedHead, "a head must have 1 to ", kLargestNormedHead,
                   " elements");
+  check_head_stride(q);
+  check_head_stride(k);
   check_tables(q, cos, sin);
 }
 

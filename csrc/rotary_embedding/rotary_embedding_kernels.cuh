@@ -21,7 +21,13 @@ struct Rotary {
   int64_t tokens, n1, head_dim, half;
 };
 
-inline constexpr int kRotaryWarps = 8;
+inline constexpr int kRotaryWarps = 4;
+// Blocks of a multiprocessor: as many as have registers without a spill. The compiler for sm_100 uses more of them.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1000
+inline constexpr int kRotaryBlocks = 5;
+#else
+inline constexpr int kRotaryBlocks = 6;
+#endif
 // Heads that a thread has in flight at a time.
 inline constexpr int kRotaryHeads = 2;
 
@@ -91,76 +97,74 @@ struct RotaryRuns {
   }
 };
 
-// The addresses of one token's heads: first the heads of q, then the heads of k.
-template <typename T>
-struct TokenHeads {
-  const T *q, *k;
-  T *q_out, *k_out;
-  int64_t q_heads, q_stride, k_stride, q_out_stride, k_out_stride;
-  FM_DEVICE TokenHeads(const Rotary& a, int64_t i0, int64_t i1)
-      : q(static_cast<const T*>(a.q.data) + i0 * a.q.stride0 + i1 * a.q.stride1),
-        k(static_cast<const T*>(a.k.data) + i0 * a.k.stride0 + i1 * a.k.stride1),
-        q_out(static_cast<T*>(a.q.out) + i0 * a.q.out_stride0 + i1 * a.q.out_stride1),
-        k_out(static_cast<T*>(a.k.out) + i0 * a.k.out_stride0 + i1 * a.k.out_stride1),
-        q_heads(a.q.heads),
-        q_stride(a.q.stride_head),
-        k_stride(a.k.stride_head),
-        q_out_stride(a.q.out_stride_head),
-        k_out_stride(a.k.out_stride_head) {}
-  FM_DEVICE const T* from(int64_t head) const {
-    return head < q_heads ? q + head * q_stride : k + (head - q_heads) * k_stride;
+// Rotates every step-th head of q or k of one token. Two loops, for q and for k, have fewer addresses to keep and to
+// choose from than one over both.
+template <typename T, int kCount, bool kInterleaved>
+FM_DEVICE void rotate_heads(const Heads& x, int64_t i0, int64_t i1, int first, int step,
+                            const RotaryRuns<kCount, kInterleaved>& runs) {
+  using A = Access<T, (kCount > 1)>;
+  const T* from = static_cast<const T*>(x.data) + i0 * x.stride0 + i1 * x.stride1 + first * x.stride_head + runs.first;
+  T* to = static_cast<T*>(x.out) + i0 * x.out_stride0 + i1 * x.out_stride1 + first * x.out_stride_head + runs.first;
+  const int64_t from_step = step * x.stride_head, to_step = step * x.out_stride_head;
+  const int heads = static_cast<int>(x.heads);
+#pragma unroll 1
+  for (int head = first; head < heads; head += kRotaryHeads * step) {
+    typename A::Raw raw[kRotaryHeads][2];
+#pragma unroll
+    for (int i = 0; i < kRotaryHeads; ++i) {
+      if (head + i * step >= heads) continue;
+      raw[i][0] = A::load(from + i * from_step);
+      raw[i][1] = A::load(from + i * from_step + runs.distance);
+    }
+#pragma unroll
+    for (int i = 0; i < kRotaryHeads; ++i) {
+      if (head + i * step >= heads) continue;
+      float first_run[kCount], second_run[kCount];
+      A::unpack(raw[i][0], first_run);
+      A::unpack(raw[i][1], second_run);
+      runs.rotate(first_run, second_run);
+      A::store_whole(to + i * to_step, first_run);
+      A::store_whole(to + i * to_step + runs.distance, second_run);
+    }
+    from += kRotaryHeads * from_step;
+    to += kRotaryHeads * to_step;
   }
-  FM_DEVICE T* to(int64_t head) const {
-    return head < q_heads ? q_out + head * q_out_stride : k_out + (head - q_heads) * k_out_stride;
+}
+
+// Copies the elements of a token's heads that do not rotate.
+template <typename T, int kCount>
+FM_DEVICE void copy_rest(const Rotary& a, const Heads& x, int64_t i0, int64_t i1) {
+  using A = Access<T, (kCount > 1)>;
+  const T* from = static_cast<const T*>(x.data) + i0 * x.stride0 + i1 * x.stride1 + 2 * a.half;
+  T* to = static_cast<T*>(x.out) + i0 * x.out_stride0 + i1 * x.out_stride1 + 2 * a.half;
+  const int rest = static_cast<int>((a.head_dim - 2 * a.half) / kCount), total = rest * static_cast<int>(x.heads);
+#pragma unroll 1
+  for (int i = static_cast<int>(threadIdx.x + 32 * blockIdx.y); i < total; i += 32 * static_cast<int>(gridDim.y)) {
+    const int head = i / rest, column = (i - head * rest) * kCount;
+    float values[kCount];
+    A::unpack(A::load(from + head * x.stride_head + column), values);
+    A::store_whole(to + head * x.out_stride_head + column, values);
   }
-};
+}
 
 // A warp has one token, so that its angles are read once; `chunk_lanes` of its lanes share a head. If tokens are few,
 // gridDim.y warps share the heads of one token.
 template <typename T, int kCount, bool kInterleaved>
-__global__ void __launch_bounds__(32 * kRotaryWarps) rotary_kernel(Rotary a, int chunk_lanes) {
-  using A = Access<T, (kCount > 1)>;
+__global__ void __launch_bounds__(32 * kRotaryWarps, kRotaryBlocks) rotary_kernel(Rotary a, int chunk_lanes) {
   const int64_t token = static_cast<int64_t>(blockIdx.x) * blockDim.y + threadIdx.y;
   if (token >= a.tokens) return;
   const int64_t i0 = token / a.n1, i1 = token - i0 * a.n1;
   const int64_t position = token_position(a.where, i0, i1);
-  const TokenHeads<T> heads(a, i0, i1);
-  const int64_t num_heads = a.q.heads + a.k.heads, chunks = a.half / kCount;
-  const int head_lanes = 32 / chunk_lanes;
-  const int64_t first_head = threadIdx.x / chunk_lanes + static_cast<int64_t>(blockIdx.y) * head_lanes;
-  const int64_t step = static_cast<int64_t>(head_lanes) * gridDim.y;
+  const int head_lanes = 32 / chunk_lanes, step = head_lanes * static_cast<int>(gridDim.y);
+  const int first = static_cast<int>(threadIdx.x) / chunk_lanes + static_cast<int>(blockIdx.y) * head_lanes;
+  const int64_t chunks = a.half / kCount;
   for (int64_t chunk = threadIdx.x % chunk_lanes; chunk < chunks; chunk += chunk_lanes) {
     const RotaryRuns<kCount, kInterleaved> runs(a, chunk, position);
-    for (int64_t head = first_head; head < num_heads; head += kRotaryHeads * step) {
-      typename A::Raw raw[kRotaryHeads][2];
-#pragma unroll
-      for (int i = 0; i < kRotaryHeads; ++i) {
-        if (head + i * step >= num_heads) continue;
-        const T* x = heads.from(head + i * step) + runs.first;
-        raw[i][0] = A::load(x);
-        raw[i][1] = A::load(x + runs.distance);
-      }
-#pragma unroll
-      for (int i = 0; i < kRotaryHeads; ++i) {
-        if (head + i * step >= num_heads) continue;
-        float x[kCount], y[kCount];
-        A::unpack(raw[i][0], x);
-        A::unpack(raw[i][1], y);
-        runs.rotate(x, y);
-        T* out = heads.to(head + i * step) + runs.first;
-        A::store_whole(out, x);
-        A::store_whole(out + runs.distance, y);
-      }
-    }
+    rotate_heads<T>(a.q, i0, i1, first, step, runs);
+    rotate_heads<T>(a.k, i0, i1, first, step, runs);
   }
-  // The elements that do not rotate are copied.
-  const int64_t rest = (a.head_dim - 2 * a.half) / kCount;
-  for (int64_t i = threadIdx.x + 32 * static_cast<int64_t>(blockIdx.y); i < rest * num_heads; i += 32 * gridDim.y) {
-    const int64_t head = i / rest, column = 2 * a.half + (i - head * rest) * kCount;
-    float values[kCount];
-    A::unpack(A::load(heads.from(head) + column), values);
-    A::store_whole(heads.to(head) + column, values);
-  }
+  copy_rest<T, kCount>(a, a.q, i0, i1);
+  copy_rest<T, kCount>(a, a.k, i0, i1);
 }
 
 inline bool rotary_is_wide(const Rotary& a, int64_t count) {

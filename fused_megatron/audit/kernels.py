@@ -6,7 +6,9 @@ from typing import Any
 
 import torch
 
+import fused_megatron.ops.vocab_embedding  # noqa: F401 - defines the ops, which only models call
 from fused_megatron import ops
+from fused_megatron.ops.rotary_query_key_value import rotary_query_key_value, split_query_key_value
 
 TOKENS = 8192
 MULTIPROCESSORS = 132  # of an H100
@@ -87,11 +89,15 @@ def _both(
     return [Step("forward", run_forward, *forward), Step("backward", run_backward, *backward)]
 
 
-def _bias_gelu(rows: int, width: int, dtype: torch.dtype) -> list[Step]:
-    x = _new(rows, width, dtype=dtype)
-    bias = _new(width, dtype=dtype)
-    y = _new(rows, width, dtype=dtype, grad=False)
-    return _both(lambda: ops.bias_gelu(x, bias), (x, bias), ((x, bias), (y,)), ((y, x, bias), (x, bias)), y)
+def _bias_gelu(approximate: str) -> Callable[[int, int, torch.dtype], list[Step]]:
+    def steps(rows: int, width: int, dtype: torch.dtype) -> list[Step]:
+        x = _new(rows, width, dtype=dtype)
+        bias = _new(width, dtype=dtype)
+        y = _new(rows, width, dtype=dtype, grad=False)
+        backward = ((y, x, bias), (x, bias))
+        return _both(lambda: ops.bias_gelu(x, bias, approximate), (x, bias), ((x, bias), (y,)), backward, y)
+
+    return steps
 
 
 def _gated(name: str) -> Callable[[int, int, torch.dtype], list[Step]]:
@@ -178,6 +184,58 @@ def _rotary_embedding(rows: int, width: int, dtype: torch.dtype) -> list[Step]:
         torch.autograd.grad(results, [q, k], [q.detach(), k.detach()])
 
     return [Step("forward", forward, (q, k, cos, sin), (q, k)), Step("backward", backward, (q, k, cos, sin), (q, k))]
+
+
+def _query_key_value(rows: int, width: int, dtype: torch.dtype) -> tuple[torch.Tensor, list[torch.Tensor], Any]:
+    """Return qkv of grouped heads, query, key and value as its parts, and the sizes for the ops."""
+    heads = width // _HEAD_DIM
+    form = {"num_heads": heads, "num_kv_heads": max(1, heads // 4)}
+    qkv = _new(rows, 1, (heads + 2 * form["num_kv_heads"]) * _HEAD_DIM, dtype=dtype, grad=False)
+    return qkv, list(split_query_key_value(qkv, **form, head_by_head=False)), form
+
+
+def _rotary_in_place(rows: int, width: int, dtype: torch.dtype) -> list[Step]:
+    qkv, (query, key, _), form = _query_key_value(rows, width, dtype)
+    _, results, _ = _query_key_value(rows, width, dtype)
+    tables = [_new(rows, _HEAD_DIM // 2, grad=False) for _ in range(2)]
+
+    def backward() -> None:
+        torch.ops.fused_megatron.rotary_embedding_out(query, key, *results[:2], *tables, 0, True)
+
+    reads, writes = (query, key, *tables), (query, key)
+    forward = Step("forward", lambda: rotary_query_key_value(qkv, *tables, **form), reads, writes)
+    return [forward, Step("backward", backward, reads, writes)]
+
+
+def _query_key_norm(rows: int, width: int, dtype: torch.dtype) -> list[Step]:
+    qkv, (query, key, value), form = _query_key_value(rows, width, dtype)
+    leaves = [qkv.requires_grad_(), *(_new(_HEAD_DIM, dtype=dtype) for _ in range(2))]
+    tables = [_new(rows, _HEAD_DIM // 2, grad=False) for _ in range(2)]
+    upstream = [torch.empty_like(x, memory_format=torch.contiguous_format) for x in (query, key, value)]
+    results: list[torch.Tensor] = []
+
+    def forward() -> None:
+        results[:] = ops.query_key_norm(*leaves, *tables, eps=1e-5, **form)
+
+    def backward() -> None:
+        torch.autograd.grad(results, leaves, upstream)
+
+    weights = leaves[1:]
+    return [
+        Step("forward", forward, (query, key, *weights, *tables), (query, key)),
+        Step("backward", backward, (*upstream, query, key, *weights, *tables), leaves),
+    ]
+
+
+def _vocab_embedding(rows: int, width: int, dtype: torch.dtype) -> list[Step]:
+    """Look up as many tokens as the table has rows, each another row."""
+    table, total = _new(rows, width, dtype=dtype, grad=False), _new(rows, width, grad=False)
+    ids, library = torch.arange(rows), torch.ops.fused_megatron
+    reads = (table, ids, ids, total)  # backward reads the sorted rows and the token of each
+    return [
+        Step("forward", lambda: library.vocab_embedding_forward(ids, table, 0, rows), (ids, table), (table, ids)),
+        Step("backward", lambda: library.vocab_embedding_backward_(table, ids, total), reads, (total,)),
+    ]
 
 
 def _cross_entropy(rows: int, width: int, dtype: torch.dtype) -> list[Step]:
@@ -312,7 +370,8 @@ OPS: dict[str, Op] = {
     "adamw": Op(_adamw, (1024, 4096), rows=_MATRIX_ROWS, thread_elements=_UPDATE_ELEMENTS),
     "bias_dropout_add": Op(_bias_dropout_add, HIDDEN, instructions={"forward": 18, "backward": 17}),
     "bias_geglu": Op(_gated("bias_geglu"), HIDDEN, instructions={"forward": 20, "backward": 35}),
-    "bias_gelu": Op(_bias_gelu, HIDDEN, instructions={"forward": 16, "backward": 26}),
+    "bias_gelu": Op(_bias_gelu("tanh"), HIDDEN, instructions={"forward": 16, "backward": 26}),
+    "bias_gelu, exact": Op(_bias_gelu("none"), HIDDEN, instructions={"forward": 23, "backward": 32}),
     "bias_swiglu": Op(_gated("bias_swiglu"), HIDDEN, instructions={"forward": 18, "backward": 31}),
     "layer_norm": Op(
         _layer_norm,
@@ -323,7 +382,11 @@ OPS: dict[str, Op] = {
     ),
     "rms_norm": Op(_rms_norm, HIDDEN, instructions={"forward": 14, "backward": 22}, thread_elements=_NORM_ELEMENTS),
     "rms_norm, residual": Op(_rms_norm_residual, HIDDEN, thread_elements=_NORM_ELEMENTS),
-    "rotary_embedding": Op(_rotary_embedding, HIDDEN, elements=1.25),
+    "query_key_norm": Op(_query_key_norm, HIDDEN, elements=1.25, instructions={"forward": 26, "backward": 37}),
+    "rotary_embedding": Op(_rotary_embedding, HIDDEN, elements=1.25, instructions={"forward": 9.5, "backward": 9.5}),
+    "rotary_embedding, in place": Op(
+        _rotary_in_place, HIDDEN, elements=1.25, instructions={"forward": 9.5, "backward": 9.5}
+    ),
     "sum_of_squares": Op(_sum_of_squares, (1024, 4096), rows=_MATRIX_ROWS),
     "cross_entropy": Op(_cross_entropy, VOCAB, rows=4, language="triton", thread_elements=_TILE_ELEMENTS),
     "scaled_masked_softmax": Op(
@@ -352,6 +415,7 @@ OPS: dict[str, Op] = {
             for dtype in DTYPES
         },
     ),
+    "vocab_embedding": Op(_vocab_embedding, HIDDEN, rows=16, language="triton"),
     "weighted_swiglu": Op(_weighted_swiglu, HIDDEN, rows=16, language="triton"),
 }
 

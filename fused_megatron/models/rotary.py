@@ -21,8 +21,7 @@ def rotary_tables(
     With `positions`, [B, positions of the rank] int64, every token has its own row: [positions of the rank, B,
     rotary_dim / 2]. Backward keeps the tables, 4 rotary_dim bytes a row.
 
-    Every forward computes the tables anew: done once for all layers this costs nothing, and there is no buffer that a
-    cast or move of the model could change. Angles are float64: in float32 they are wrong by 0.004 at position 100,000.
+    Angles are float64: in float32 they are wrong by 0.004 at position 100,000. KeptTables keeps the result.
 
     The frequency of pair i by rotary_scaling, with f_i = rotary_base^(-2 i / rotary_dim), the scaling factor s and the
     original context length L:
@@ -41,6 +40,41 @@ def rotary_tables(
     angles = rows.to(torch.float64).unsqueeze(-1) * _frequencies(sequence.seq_len, config, device)
     scale = _attention_factor(config)
     return (angles.cos() * scale).to(dtype), (angles.sin() * scale).to(dtype)
+
+
+class KeptTables:
+    """The last tables of a stage without positions of tokens: the same memory in every forward of the same layout.
+
+    No buffer of a module: neither a cast nor a state dict has them, and copies of the model make their own. Other
+    positions, a longer sequence, another device or dtype replace them.
+    """
+
+    def __init__(self) -> None:
+        self._key: tuple[SequenceLayout, TransformerConfig, torch.device, torch.dtype] | None = None
+        self._tables: tuple[torch.Tensor, torch.Tensor] | None = None
+
+    def __deepcopy__(self, memo: object) -> "KeptTables":
+        return KeptTables()
+
+    def __reduce__(self) -> tuple[type["KeptTables"], tuple[()]]:
+        return KeptTables, ()
+
+    def of(
+        self, sequence: SequenceLayout, config: TransformerConfig, like: torch.Tensor, dtype: torch.dtype
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return rotary_tables(..) on the device of `like`, computed only if they are not the last ones.
+
+        Under torch.compile they are part of the graph. Fake tensors are not kept, since their mode may end.
+        """
+        device, key = like.device, (sequence, config, like.device, dtype)
+        if torch.compiler.is_compiling() or type(like) not in (torch.Tensor, torch.nn.Parameter):
+            return rotary_tables(sequence, config, device=device, dtype=dtype)
+        if self._tables is None or self._key != key:
+            # In inference mode they would be tensors that autograd cannot save.
+            with torch.inference_mode(False), torch.no_grad():
+                self._tables = rotary_tables(sequence, config, device=device, dtype=dtype)
+            self._key = key
+        return self._tables
 
 
 def _frequencies(seq_len: int, config: TransformerConfig, device: torch.device) -> torch.Tensor:

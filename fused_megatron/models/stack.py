@@ -15,7 +15,7 @@ from fused_megatron.models.block import DROPOUT_SITES, TransformerBlock, norm_of
 from fused_megatron.models.dropout import BatchSlice, DropoutMasks, fill_dropout_states_, masks_of_batch
 from fused_megatron.models.key_value_cache import KeyValueCache
 from fused_megatron.models.residual_stream import OpenSum, closed, norm_and_stream
-from fused_megatron.models.rotary import rotary_tables
+from fused_megatron.models.rotary import KeptTables, rotary_tables
 from fused_megatron.models.stage_cut import StageSpan
 from fused_megatron.modules.auxiliary_loss import WithAuxiliaryLoss, split_auxiliary_loss
 from fused_megatron.ops.attention import AttentionMask
@@ -96,6 +96,7 @@ class TransformerStack(ShardedModule):
         self.layout = replace(layout, sequence_parallel=layout.sequence_parallel and layout.tp_group is not None)
         self.config, self.vocab_size = config, int(config.vocab_size or 0)
         self.tp_group, self.sequence_parallel = self.layout.tp_group, self.layout.sequence_parallel
+        self._kept_tables = KeptTables()
         self.stage, self.span = stage, stage or StageSpan(0, 1, 0, config.num_layers)
         first, last = self.span.first, self.span.last
         self.token_embedding = None
@@ -422,6 +423,8 @@ class TransformerStack(ShardedModule):
                 positions,
                 x.device,
             )
+        if positions is None:
+            return self._kept_tables.of(sequence, self.config, x, dtype)
         return rotary_tables(sequence, self.config, device=x.device, dtype=dtype, positions=positions)
 
     def _blocks(

@@ -16,7 +16,8 @@ def stage_activations(config: TrainConfig, span: StageSpan) -> int:
 
         4 T' H                 inputs and outputs of both norms, and 4 T' bytes a norm for each statistic
         T (N + 2 G) D / R      query, key, value, rotated in place
-        T (N + G) D / R        query and key once more if they are normalized: backward needs them from before the norm
+        T (N + G) D / R        query and key once more if they are normalized: backward needs them from before the norm;
+                               twice more, and 4 T (N + G) / R bytes, if they are normalized over all heads
         T N D / R              input of the projection, which is the result of the attention kernel
         T F' / R               input of the activation; and its output T F / R without overlap (R = 1, or overlap=False)
         (_expert_activations)   instead of the last line, in a block with experts
@@ -71,11 +72,13 @@ def block_activations(config: TrainConfig, selective: bool, has_experts: bool) -
     elements = 4 * own_tokens * model.hidden_size + tokens * query
     elements += 0 if has_experts else mlp_elements(config, model.ffn_size)
     statistics = 2 * 4 * own_tokens * (1 if model.normalization == "rms_norm" else 2)
+    norms = model.query_key_norm * (2 if model.query_key_norm_over == "all_heads" else 1)
+    statistics += 4 * tokens * (heads + kv_heads) * (norms == 2)
     context_parallel = config.parallel.context_parallel_size > 1
     if not selective and model.stores_scores and not context_parallel:
         elements += tokens * (3 * query + (query + 2 * key) * model.query_key_norm + 2 * heads * model.seq_len)
     else:
-        elements += tokens * (query + 2 * key + (query + key) * model.query_key_norm)
+        elements += tokens * (query + 2 * key + (query + key) * norms)
         statistics += 4 * tokens * heads * (not selective)
     return size * elements + statistics + (_expert_activations(config) if has_experts else 0)
 

@@ -103,6 +103,21 @@ def test_kernels_of_a_block(two_fake_ranks: Any, name: str, sequence_parallel: b
     assert not forward["aten::add"] and not backward["aten::add"]
 
 
+def test_rotary_tables_cost_kernels_in_the_first_forward_only(two_fake_ranks: Any) -> None:
+    layout = two_fake_ranks.layout(sequence_parallel=True)
+    config = GPTConfig(num_layers=2, hidden_size=64, num_heads=4, seq_len=16, vocab_size=104, **LLAMA)
+    model = GPT(config, device="meta", dtype=torch.bfloat16, layout=layout)
+    tokens = torch.zeros(16, 2, dtype=torch.int64, device="meta").t()
+    counts = []
+    for _ in range(2):
+        with Kernels() as forward:
+            model(tokens, tokens, reduction="sum")
+        counts.append(forward.counts)
+    of_tables = counts[0] - counts[1]
+    assert of_tables.total() == 14 and of_tables["aten::cos"] == of_tables["aten::sin"] == 1, of_tables
+    assert not counts[1]["aten::cos"] and not counts[1]["aten::arange"]
+
+
 @pytest.mark.parametrize("sequence_parallel", [False, True])
 def test_kernels_of_an_embedding(two_fake_ranks: Any, sequence_parallel: bool) -> None:
     """Backward sorts the tokens, then adds them to main_grad: nothing of the size of the table is made."""

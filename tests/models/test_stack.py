@@ -5,6 +5,7 @@ import dataclasses
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 from fused_megatron.checks import InputError
 from fused_megatron.config import MODEL_FAMILIES, BERTConfig, GPTConfig
@@ -12,6 +13,7 @@ from fused_megatron.data.batch import Batch
 from fused_megatron.mesh import ParallelLayout, init_mesh
 from fused_megatron.models import BERT, GPT, BatchSlice, new_model
 from fused_megatron.models.registry import MODELS
+from fused_megatron.models.rotary import rotary_tables
 from fused_megatron.sharding import SequenceLayout, SequencePartition
 from fused_megatron.testing.run_on_ranks import run_cases_on_ranks, run_on_ranks
 
@@ -106,6 +108,28 @@ def test_a_rank_rotates_by_its_positions_in_the_whole_sequence(scaling):
     x, layout = torch.zeros(1), SequenceLayout.zigzag(S, 1, 2)
     for table, whole in zip(model._rotary(layout, x), model._rotary(SequenceLayout.whole(S), x), strict=True):
         assert torch.equal(table, whole[layout.positions()])
+
+
+def test_rotary_tables_stay_until_another_layout_or_dtype_needs_others():
+    model = GPT(GPTConfig(**SIZES, position="rotary"))
+    x, whole = torch.zeros(1), SequenceLayout.whole(S)
+    with torch.inference_mode():
+        tables = model._rotary(whole, x)
+    assert model._rotary(SequenceLayout.whole(S), x + 1)[0].data_ptr() == tables[0].data_ptr()
+    fresh = rotary_tables(whole, model.config, device=x.device)
+    assert all(torch.equal(a, b) and not a.is_inference() for a, b in zip(tables, fresh, strict=True))
+    for layout, like in ((SequenceLayout.zigzag(S, 1, 2), x), (whole, x.double()), (whole, x.to("meta")), (whole, x)):
+        found, right = model._rotary(layout, like), rotary_tables(layout, model.config, device=like.device)
+        assert found[0].device == like.device and found[0].shape == right[0].shape
+        assert found[0].dtype == (torch.float64 if like.dtype == torch.float64 else torch.float32)
+        if not like.is_meta:
+            torch.testing.assert_close(found[0].float(), right[0])
+    assert not any("table" in name for name in model.state_dict())
+    copied = copy.deepcopy(model)
+    assert copied._rotary(whole, x)[0].data_ptr() != model._rotary(whole, x)[0].data_ptr()
+    with FakeTensorMode(), torch.no_grad():
+        fake = model._rotary(whole, torch.zeros(1))
+    assert isinstance(fake[0], FakeTensor)
 
 
 def test_positions_that_are_not_those_of_the_tokens():

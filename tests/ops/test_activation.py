@@ -197,3 +197,30 @@ def test_bad_arguments(kind, device):
     if flags:
         with pytest.raises(InputError, match="approximate='tahn' must be"):
             op(x, None, "tahn")
+
+
+def exact_gelu(u):
+    """GELU and its derivative in float64, without cancellation below 0."""
+    u = u.double()
+    cdf = torch.special.erfc(-u * 0.5**0.5) / 2
+    return u * cdf, cdf + u * torch.exp(-u * u / 2) * (2 * torch.pi) ** -0.5
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_exact_gelu_everywhere(dtype, device):
+    """Every bfloat16 number, and float32 numbers a 4096th apart where the function is neither 0 nor u."""
+    if dtype == torch.bfloat16:
+        u = torch.arange(-(2**15), 2**15, dtype=torch.int16).view(dtype)
+        u = u[u.isfinite()]
+    else:
+        u = torch.arange(-13 * 4096, 13 * 4096, dtype=dtype) / 4096
+    u = u.to(device).requires_grad_()
+    y = bias_gelu(u[None], approximate="none")
+    upstream = torch.where(torch.arange(u.numel(), device=device) % 3 == 0, -2.0, 1.0).to(dtype)
+    (slope,) = torch.autograd.grad(y, u, upstream[None])
+    value, right = exact_gelu(u.detach())
+    # Half a unit in the last place; the arithmetic adds 4 units of float32, more where -u^2 / 2 is rounded.
+    half_unit, float32 = torch.finfo(dtype).eps / 2, 2.0**-21 * (1 + u.detach().double().square().clamp(max=160) / 2)
+    assert ((y.detach()[0].double() - value).abs() <= (half_unit + float32) * value.abs() + 2e-33).all()
+    error = (slope.double() - right * upstream.double()).abs() / upstream.double().abs()
+    assert (error <= half_unit * right.abs() + 3e-7).all()
