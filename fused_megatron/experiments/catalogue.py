@@ -46,10 +46,15 @@ class Case(Layout, frozen=True, forbid_unknown_fields=True):
     Attributes:
         forward_ms, backward_ms: with both, the stages sleep for these times instead of computing, and the time of the
             schedule is measured. They are of a rank's share of a microbatch.
+        steps: with sleeping stages, steps that overlap. Without, the run trains for these steps, and its loss curve and
+            the versions of its weights are measured. None: one step is measured.
+        lr: learning rate of a run that trains.
     """
 
     forward_ms: float | None = None
     backward_ms: float | None = None
+    steps: int | None = None
+    lr: float = 0.003
 
     @property
     def sleeps(self) -> bool:

@@ -12,6 +12,7 @@ from torch import nn
 
 from fused_megatron.benchmarking.sleeping_stages import measure_schedule
 from fused_megatron.config import TrainConfig
+from fused_megatron.experiments.loss_curve import train_on_rank
 from fused_megatron.models.router import ExpertRouter
 from fused_megatron.pipeline import Costs, build_schedule
 from fused_megatron.pipeline.schedule.action import Kind
@@ -38,12 +39,21 @@ _FIRST_TIMED = 2  # the recorded step has number 1
 Measured = dict[str, float]
 
 
-def measure_rank(rank: int, world_size: int, config: TrainConfig, sleep_ms: tuple[float, float] | None) -> Measured:
+def measure_rank(
+    rank: int,
+    world_size: int,
+    config: TrainConfig,
+    sleep_ms: tuple[float, float] | None,
+    steps: int | None = None,
+    lr: float = 0.0,
+) -> Measured:
     """Run a training step on this rank, or its schedule on sleeping stages. run_on_ranks calls it on every rank.
 
     Args:
         config: with model.vocab_size and the size of every axis.
         sleep_ms: milliseconds of forward and backward of a rank's share of a microbatch, for sleeping stages.
+        steps: with sleep_ms, steps that overlap; without, train for these steps (loss_curve.py has the figures).
+        lr: learning rate of these steps.
 
     Returns:
         Figures by name. Bytes of tensors: weights, gradients, optimizer; state: their sum; kept: activations of a
@@ -59,7 +69,9 @@ def measure_rank(rank: int, world_size: int, config: TrainConfig, sleep_ms: tupl
     # The ring of shared memory keeps messages in its slots: the bytes that a rank holds would vary.
     os.environ["FUSED_MEGATRON_SHARED_MEMORY"] = "off"
     if sleep_ms is not None:
-        return _sleep(rank, config, sleep_ms)
+        return _sleep(rank, config, sleep_ms, steps or 1)
+    if steps is not None:
+        return train_on_rank(config, steps, lr)
     step = record_real_step(config, torch.device("cpu"), _balance_routes)
     assembly = step.assembly
     schedule = assembly.executor.schedule
@@ -140,7 +152,7 @@ def _balance_routes(model: nn.Module) -> None:
             module.register_forward_hook(replace)
 
 
-def _sleep(rank: int, config: TrainConfig, sleep_ms: tuple[float, float]) -> Measured:
+def _sleep(rank: int, config: TrainConfig, sleep_ms: tuple[float, float], steps: int) -> Measured:
     parallel, training = config.parallel, config.training
     stages = parallel.stages_per_rank or 1
     microbatches = training.global_batch_size // training.microbatch_size // (parallel.data_parallel_size or 1)
@@ -149,6 +161,7 @@ def _sleep(rank: int, config: TrainConfig, sleep_ms: tuple[float, float]) -> Mea
         parallel.pipeline_parallel_size,
         microbatches,
         parallel.stages_per_rank,
+        steps,
     )
     # Backward is half for the input and half for the weights, as in the products of a transformer.
     per_rank = schedule.num_stages // schedule.num_ranks
