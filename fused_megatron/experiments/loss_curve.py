@@ -34,7 +34,7 @@ def train_on_rank(config: TrainConfig, steps: int, lr: float) -> dict[str, float
     mesh, plan = build_mesh(config, device.type), plan_pipeline(config, asynchronous=True)
     assembly = assemble(config, mesh, plan, build_stages(config, mesh, plan, device))
     losses = (_overlapping if plan.is_asynchronous else _one_by_one)(assembly, steps, lr)
-    versions = [list(assembly.parameters.values())]
+    versions: list[list[torch.Tensor]] = [list(assembly.parameters.values())]
     for stashed in assembly.executor.stashed.values():
         versions += [list(version.values()) for version in stashed.older()]
     assembly.executor.close()
