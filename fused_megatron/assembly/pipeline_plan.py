@@ -84,7 +84,9 @@ def _plan(config: TrainConfig, asynchronous: bool) -> PipelinePlan:
     if schedule.weights != SYNCHRONOUS:
         if not asynchronous:
             others = ", ".join(other for other, kind in SCHEDULES.items() if kind.weights == SYNCHRONOUS)
-            raise InputError(f"schedule={name!r} changes the update rule: only train runs it; here one of: {others}")
+            raise InputError(
+                f"schedule={name!r} changes the update rule: only train and dry-run take it; here one of: {others}"
+            )
         check_overlapping_steps(config, name)
     check_cut(config.model.num_layers, schedule.num_stages, parallel.pipeline_cut)
     last = schedule.num_stages - 1

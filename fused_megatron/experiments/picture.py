@@ -1,5 +1,6 @@
 """Picture of an experiment as an SVG: measured beside predicted, and predicted beside published."""
 
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from fused_megatron.benchmarking.report.experiment_results import (
 INK = "#7d7d7d"
 """Colour of text and lines: as far from white as from black, so that a page of either colour shows it."""
 MEASURED, PREDICTED, PUBLISHED = "#4477aa", "#ee8866", "#bb5588"
-_CURVES = (MEASURED, PREDICTED, PUBLISHED)
+_CURVES = (MEASURED, PREDICTED, PUBLISHED, "#228833", "#aa8800", "#66aacc")
 _WIDTH, _HEIGHT = 4.6, 3.4
 _MOST_PANELS = 2
 """Of the statements, and of the published figures."""
@@ -70,7 +71,7 @@ def _curve(run: MeasuredRun) -> dict[int, float]:
 
 
 def _draw_curves(axes: Any, runs: list[MeasuredRun]) -> None:
-    for run, colour in zip(runs, _CURVES, strict=False):
+    for run, colour in zip(runs, cycle(_CURVES), strict=False):
         losses = _curve(run)
         axes.plot(list(losses), list(losses.values()), lw=1.3, color=colour, label=run.case)
     axes.set_xlabel("step")

@@ -129,7 +129,9 @@ def test_too_few_microbatches_and_other_commands(runs: Any, tmp_path: Path) -> N
     config = runs.config(tmp_path, **TWO_BW | {"global_batch_size": 1})
     with pytest.raises(InputError, match="needs as many microbatches as pipeline ranks: 1 must be at least 2"):
         config.check_data_parallel(1)
-    with pytest.raises(InputError, match="changes the update rule: only train runs it; here one of: gpipe, 1f1b"):
+    with pytest.raises(
+        InputError, match="changes the update rule: only train and dry-run take it; here one of: gpipe, 1f1b"
+    ):
         plan_pipeline(runs.config(tmp_path, **TWO_BW))
 
 
