@@ -47,6 +47,10 @@ class PipelinePlan:
         num_ranks = max(self.placement) + 1
         return build_schedule(self.name, num_ranks, num_microbatches, self.num_stages // num_ranks, tied=self.tied)
 
+    def most_overlapping(self, num_microbatches: int) -> int:
+        """Return the number of steps that fill the pipeline: as many as are under way at once, and one more."""
+        return 1 + -(-(max(self.placement) + 1) // num_microbatches)
+
     def lowered_schedule(self, num_microbatches: int) -> Schedule:
         """Build the schedule of one step, with messages, reductions and gathers of sharded weights."""
         return lower(self.schedule(num_microbatches), self.max_unsharded, self.reduce_each_microbatch)
@@ -80,7 +84,9 @@ def _plan(config: TrainConfig, asynchronous: bool) -> PipelinePlan:
     if schedule.weights != SYNCHRONOUS:
         if not asynchronous:
             others = ", ".join(other for other, kind in SCHEDULES.items() if kind.weights == SYNCHRONOUS)
-            raise InputError(f"schedule={name!r} changes the update rule: only train runs it; here one of: {others}")
+            raise InputError(
+                f"schedule={name!r} changes the update rule: only train and dry-run take it; here one of: {others}"
+            )
         check_overlapping_steps(config, name)
     check_cut(config.model.num_layers, schedule.num_stages, parallel.pipeline_cut)
     last = schedule.num_stages - 1

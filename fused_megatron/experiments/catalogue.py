@@ -48,11 +48,16 @@ class Case(Layout, frozen=True, forbid_unknown_fields=True):
             schedule is measured. They are of a rank's share of a microbatch.
         link_mbit_per_s: two ranks are joined by a cable of this rate, in 10^6 bits per second, which needs root on
             Linux. Where there is none, the case is left out, and so are the statements about it.
+        steps: with sleeping stages, steps that overlap. Without, the run trains for these steps, and its loss curve and
+            the versions of its weights are measured. None: one step is measured.
+        lr: learning rate of a run that trains.
     """
 
     forward_ms: float | None = None
     backward_ms: float | None = None
     link_mbit_per_s: float | None = None
+    steps: int | None = None
+    lr: float = 0.003
 
     @property
     def sleeps(self) -> bool:

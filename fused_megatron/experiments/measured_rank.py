@@ -12,6 +12,7 @@ from torch import nn
 
 from fused_megatron.benchmarking.sleeping_stages import measure_schedule
 from fused_megatron.config import TrainConfig
+from fused_megatron.experiments.loss_curve import train_on_rank
 from fused_megatron.models.router import ExpertRouter
 from fused_megatron.pipeline import Costs, build_schedule
 from fused_megatron.pipeline.schedule.action import Kind
@@ -40,12 +41,21 @@ FIRST_TIMED = 2
 Measured = dict[str, float]
 
 
-def measure_rank(rank: int, world_size: int, config: TrainConfig, sleep_ms: tuple[float, float] | None) -> Measured:
+def measure_rank(
+    rank: int,
+    world_size: int,
+    config: TrainConfig,
+    sleep_ms: tuple[float, float] | None,
+    steps: int | None = None,
+    lr: float = 0.0,
+) -> Measured:
     """Run a training step on this rank, or its schedule on sleeping stages. run_on_ranks calls it on every rank.
 
     Args:
         config: with model.vocab_size and the size of every axis.
         sleep_ms: milliseconds of forward and backward of a rank's share of a microbatch, for sleeping stages.
+        steps: with sleep_ms, steps that overlap; without, train for these steps (loss_curve.py has the figures).
+        lr: learning rate of these steps.
 
     Returns:
         Figures by name. Bytes of tensors: weights, gradients, optimizer; state: their sum; kept: activations of a
@@ -60,7 +70,10 @@ def measure_rank(rank: int, world_size: int, config: TrainConfig, sleep_ms: tupl
     """
     if sleep_ms is not None:
         _leave_out_shared_memory()
-        return _sleep(rank, config, sleep_ms)
+        return _sleep(rank, config, sleep_ms, steps or 1)
+    if steps is not None:
+        _leave_out_shared_memory()
+        return train_on_rank(config, steps, lr)
     step = recorded_on_rank(config)
     found = figures_of(step)
     if world_size <= MOST_TIMED_RANKS:
@@ -157,7 +170,7 @@ def _balance_routes(model: nn.Module) -> None:
             module.register_forward_hook(replace)
 
 
-def _sleep(rank: int, config: TrainConfig, sleep_ms: tuple[float, float]) -> Measured:
+def _sleep(rank: int, config: TrainConfig, sleep_ms: tuple[float, float], steps: int) -> Measured:
     parallel, training = config.parallel, config.training
     stages = parallel.stages_per_rank or 1
     microbatches = training.global_batch_size // training.microbatch_size // (parallel.data_parallel_size or 1)
@@ -166,6 +179,7 @@ def _sleep(rank: int, config: TrainConfig, sleep_ms: tuple[float, float]) -> Mea
         parallel.pipeline_parallel_size,
         microbatches,
         parallel.stages_per_rank,
+        steps,
     )
     # Backward is half for the input and half for the weights, as in the products of a transformer.
     per_rank = schedule.num_stages // schedule.num_ranks

@@ -1,13 +1,21 @@
 """Picture of an experiment as an SVG: measured beside predicted, and predicted beside published."""
 
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 
-from fused_megatron.benchmarking.report.experiment_results import CheckedStatement, ExperimentResult, PublishedFigure
+from fused_megatron.benchmarking.report.experiment_results import (
+    LOSS,
+    CheckedStatement,
+    ExperimentResult,
+    MeasuredRun,
+    PublishedFigure,
+)
 
 INK = "#7d7d7d"
 """Colour of text and lines: as far from white as from black, so that a page of either colour shows it."""
 MEASURED, PREDICTED, PUBLISHED = "#4477aa", "#ee8866", "#bb5588"
+_CURVES = (MEASURED, PREDICTED, PUBLISHED, "#228833", "#aa8800", "#66aacc")
 _WIDTH, _HEIGHT = 4.6, 3.4
 _MOST_PANELS = 2
 """Of the statements, and of the published figures."""
@@ -27,11 +35,17 @@ def draw_experiment(result: ExperimentResult, path: Path) -> bool:
         return False
     titles = dict.fromkeys(each.figure for each in result.published if each.predicted is not None)
     groups = [[each for each in result.published if each.figure == title] for title in titles]
-    panels: list[Any] = [*result.statements[:_MOST_PANELS], *groups[:_MOST_PANELS]]
+    curves = [run for run in result.runs if _curve(run)]
+    panels: list[Any] = [*([curves] if curves else []), *result.statements[:_MOST_PANELS], *groups[:_MOST_PANELS]]
     with rc_context(_settings()):
         figure = Figure(figsize=(_WIDTH * len(panels), _HEIGHT), layout="constrained")
         for axes, panel in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
-            _draw_statement(axes, panel) if isinstance(panel, CheckedStatement) else _draw_published(axes, panel)
+            if panel is curves:
+                _draw_curves(axes, curves)
+            elif isinstance(panel, CheckedStatement):
+                _draw_statement(axes, panel)
+            else:
+                _draw_published(axes, panel)
         figure.suptitle(f"{result.id}  {result.title}", fontsize=10, color=INK)
         path.parent.mkdir(parents=True, exist_ok=True)
         figure.savefig(path, transparent=True, metadata={"Date": None})
@@ -48,6 +62,21 @@ def _settings() -> Any:
         "axes.spines.right": False,
         "svg.hashsalt": "experiment",
     }
+
+
+def _curve(run: MeasuredRun) -> dict[int, float]:
+    """Return the losses of a run by step; empty if it did not train."""
+    names = {name: name.removeprefix(LOSS) for name in run.figures if name.startswith(LOSS)}
+    return {int(step): run.figures[name] for name, step in names.items() if step.isdigit()}
+
+
+def _draw_curves(axes: Any, runs: list[MeasuredRun]) -> None:
+    for run, colour in zip(runs, cycle(_CURVES), strict=False):
+        losses = _curve(run)
+        axes.plot(list(losses), list(losses.values()), lw=1.3, color=colour, label=run.case)
+    axes.set_xlabel("step")
+    axes.set_ylabel("loss")
+    axes.legend(frameon=False, fontsize=7)
 
 
 def _draw_statement(axes: Any, statement: CheckedStatement) -> None:

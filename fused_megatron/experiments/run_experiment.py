@@ -91,7 +91,8 @@ def _measure(
     found: dict[str, Measured] = {}
     for world_size, names in groups.items():
         say(f"{experiment.entry.id}: {', '.join(names)} on {world_size} rank{'s' * (world_size > 1)}")
-        cases = [(configs[name], _sleep_ms(experiment.cases[name])) for name in names]
+        own = {name: experiment.cases[name] for name in names}
+        cases = [(configs[name], _sleep_ms(case), case.steps, case.lr) for name, case in own.items()]
         results = run_cases_on_ranks(measure_rank, world_size, cases, timeout_s=LIMIT_S)
         found |= {name: largest_of(ranks) for name, ranks in zip(names, results, strict=True)}
     if linked:
@@ -101,8 +102,15 @@ def _measure(
 
 
 def _names(config: TrainConfig, case: Case) -> dict[str, float]:
-    """Return the names of formulas: the sizes of a run, and planned_bytes, the planner's peak of the fullest rank."""
-    return sizes_of_run(config) | ({} if case.sleeps else {"planned_bytes": rank_memory(config).total})
+    """Return the names of formulas: the sizes of a run, its steps, and the planner's figures of the fullest rank."""
+    return sizes_of_run(config) | {"steps": case.steps or 1} | ({} if case.sleeps else planned_figures(config))
+
+
+def planned_figures(config: TrainConfig) -> dict[str, float]:
+    """Return the planner's peak and its bytes of weights, each of the rank that has most."""
+    ranks = range(config.parallel.pipeline_parallel_size)
+    weights = max(rank_memory(config, rank).weights for rank in ranks)
+    return {"planned_bytes": rank_memory(config).total, "planned_weights": weights}
 
 
 def _sleep_ms(case: Case) -> tuple[float, float] | None:

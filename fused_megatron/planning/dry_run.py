@@ -9,11 +9,16 @@ The extrapolation: all microbatches of a step do the same. step_profile.py walks
 and adds up what each kind of action allocated, freed, computed and sent. Pipeline ranks whose stages have the same form
 share one run.
 
+Steps that overlap (PipeDream) have the actions of one long step of 1F1B, with updates in between. So their memory is of
+that step, with every version of the weights. Sums of gradients over replicas count at its end only.
+
 Left out: fragments of the allocator; the CUDA context; the buffers of NCCL; temporary memory inside a kernel or a
 transport. The ranks of a real run measure how many chunks overlap=True makes of a tensor-parallel product; a dry run
 takes one chunk. Tokens have no values: where a size depends on values, the largest size counts (each rank looks up
 every token). A message stops counting once it is sent, although a slow receiver would make the rank keep it.
 """
+
+from __future__ import annotations
 
 import dataclasses
 from collections import Counter
@@ -35,6 +40,7 @@ from fused_megatron.planning.recorded_step import RecordedStep, record_fake_step
 from fused_megatron.planning.step_profile import (
     ACTIVATIONS,
     LOSS,
+    WEIGHTS,
     ActionKey,
     Memory,
     StepMemory,
@@ -158,12 +164,15 @@ class DryRun:
         self.config, self.device = dataclasses.replace(config, parallel=parallel), torch.device(device)
         self.world_size = parallel.num_ranks
         self.config.check_data_parallel(parallel.data_parallel_size or 1)
-        self.plan: PipelinePlan = plan_pipeline(self.config)
+        self.plan: PipelinePlan = plan_pipeline(self.config, asynchronous=True)
         self.spans = stage_spans(self.config, self.plan)
         training = config.training
         replicas = self.config.parallel.data_parallel_size or 1
         self.num_microbatches = training.global_batch_size // training.microbatch_size // replicas
         self.schedule: Schedule = self.plan.lowered_schedule(self.num_microbatches)
+        self._one_by_one: tuple[DryRun, DryRun] | None = None
+        if self.plan.is_asynchronous:
+            self._one_by_one = self._as_1f1b(1), self._as_1f1b(self.plan.most_overlapping(self.num_microbatches))
         self._sizes = {
             "pp": parallel.pipeline_parallel_size,
             "dp": replicas,
@@ -191,6 +200,8 @@ class DryRun:
         """
         check(0 <= rank < self.world_size, f"rank={rank} must be in [0, {self.world_size}), the ranks of the layout")
         pp_rank = coordinates(rank, self._sizes)["pp"]
+        if self._one_by_one is not None:
+            return self._overlapping(rank, pp_rank, *self._one_by_one)
         stages, actions = stages_of(self.plan.placement, pp_rank), self.schedule.actions[pp_rank]
         known = self._known_of(rank, pp_rank, stages)
         profile = _Names(known.stages, stages, self.spans).renamed(known.profile)
@@ -215,6 +226,31 @@ class DryRun:
             sent={stage: self._sent(profile, stage, "tp") for stage in stages},
             sent_to_context={stage: self._sent(profile, stage, "cp") for stage in stages},
             sent_to_experts={stage: self._sent_to_experts(profile, stage) for stage in stages},
+        )
+
+    def _as_1f1b(self, num_steps: int) -> DryRun:
+        """Return the dry run of a number of steps as one step of 1f1b, which has the same stages and actions."""
+        parallel, training = self.config.parallel, self.config.training
+        batch = num_steps * training.global_batch_size
+        config = dataclasses.replace(
+            self.config,
+            parallel=dataclasses.replace(parallel, schedule="1f1b"),
+            training=dataclasses.replace(training, global_batch_size=batch),
+        )
+        return DryRun(config, self.device.type, self.routes)
+
+    def _overlapping(self, rank: int, pp_rank: int, one: DryRun, many: DryRun) -> RankReport:
+        """Return the work of one step of a rank, and its memory in many steps with all versions of the weights."""
+        step, found = one.rank(rank), many.rank(rank)
+        peak = Counter(found.peak)
+        older = (self.plan.weight_versions()[pp_rank] - 1) * peak[Memory(WEIGHTS)]
+        peak[Memory(WEIGHTS)] += older
+        return dataclasses.replace(
+            step,
+            held_bytes=found.held_bytes + older,
+            peak_bytes=found.peak_bytes + older,
+            at=found.at,
+            peak=peak,
         )
 
     def profile(self, rank: int) -> StepProfile:

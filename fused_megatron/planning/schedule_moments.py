@@ -62,8 +62,7 @@ def _rank_moments(name: str, placement: tuple[int, ...], num_microbatches: int, 
 @lru_cache(maxsize=64)
 def _actions(name: str, placement: tuple[int, ...], num_microbatches: int) -> tuple[tuple[Action, ...], ...]:
     num_ranks = max(placement) + 1
-    # Steps overlap: as many as are under way at once, and one that begins in the middle of these.
-    num_steps = 1 + -(-num_ranks // num_microbatches) if name in ASYNCHRONOUS else 1
+    num_steps = PipelinePlan(name, placement, ()).most_overlapping(num_microbatches) if name in ASYNCHRONOUS else 1
     return build_schedule(name, num_ranks, num_microbatches, len(placement) // num_ranks, num_steps).actions
 
 

@@ -1,5 +1,6 @@
 """Start here when PipeDream or PipeDream-2BW trains a GPT by another update rule than the stated one."""
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -13,7 +14,7 @@ from fused_megatron.assembly.overlapping_steps import OverlappingStep, run_overl
 from fused_megatron.assembly.pipeline_plan import plan_pipeline
 from fused_megatron.config import DataConfig, GPTConfig, OptimizerConfig, ParallelConfig, TrainConfig, TrainingConfig
 from fused_megatron.data.batch import Batch
-from fused_megatron.models import new_model
+from fused_megatron.models import GPT, new_model
 from fused_megatron.sharding import parameter_parts
 from fused_megatron.testing.run_on_ranks import run_cases_on_ranks
 
@@ -219,3 +220,21 @@ def test_steps_overlap_until_the_run_pauses() -> None:
         found.append(steps_until_pause(step, training, 5))
         step += found[-1]
     assert found == [5, 1, 4, 2, 5, 1, 2]
+
+
+def test_a_stage_keeps_its_weights_once_its_gradients_are_not_finite(monkeypatch: pytest.MonkeyPatch) -> None:
+    config = config_of("pipedream_2bw", 1, 1, {}, FLOAT32)
+    whole, poisoned = assembled(config), assembled(config)
+    run_overlapping_steps(whole, steps_of(whole, range(2)), tuple, None)
+    calls: list[int] = []
+    original = GPT.loss
+
+    def loss(self: GPT, *arguments: Any, **keywords: Any) -> torch.Tensor:
+        calls.append(0)
+        return original(self, *arguments, **keywords) * (float("nan") if len(calls) == 3 else 1.0)
+
+    monkeypatch.setattr(GPT, "loss", loss)
+    sums = run_overlapping_steps(poisoned, steps_of(poisoned, range(4)), tuple, None)
+    assert [math.isfinite(each) for each in sums.losses] == [True, True, False, True]
+    for one, other in zip(whole.parameters.values(), poisoned.parameters.values(), strict=True):
+        assert torch.equal(one, other)

@@ -32,7 +32,14 @@ def test_every_table_has_runs_that_start_and_published_runs_that_are_predicted(p
         for name, case in each.cases.items():
             config = each.config(name)
             assert config.parallel.num_ranks <= MOST_RANKS, name
-            names = {**sizes_of_run(config), "parameters": 1.0, "planned_bytes": 1.0, "step_ms": 1.0}
+            names = {
+                **sizes_of_run(config),
+                "parameters": 1.0,
+                "steps": 1.0,
+                "planned_bytes": 1.0,
+                "planned_weights": 1.0,
+                "step_ms": 1.0,
+            }
             for statement in each.entry.statements if not case.sleeps else ():
                 if statement.kind != "order" and name in (statement.cases or each.entry.cases):
                     evaluate(statement.formula, names)

@@ -13,6 +13,7 @@ import torch.distributed as dist
 from fused_megatron.checks import InputError
 from fused_megatron.config import BERTConfig, GPTConfig, ParallelConfig, TrainConfig, TrainingConfig
 from fused_megatron.planning.dry_run import DryRun, RankReport
+from fused_megatron.planning.rank_memory import rank_memory
 from fused_megatron.planning.recorded_step import STEP, fake_ranks, record_fake_step, record_real_step
 from fused_megatron.planning.step_profile import Transfers, transfers_of
 from fused_megatron.planning.step_recorder import Work
@@ -247,3 +248,25 @@ def test_refused() -> None:
     with fake_ranks(0, 4), pytest.raises(InputError, match="a dry run needs a process without a process group"):
         DryRun(config).rank(0)
     assert not dist.is_initialized()
+
+
+@pytest.mark.parametrize(
+    ("schedule", "microbatches", "versions"), [("pipedream_2bw", 3, [2, 2]), ("pipedream", 1, [2, 1])]
+)
+def test_steps_that_overlap_hold_every_version_and_the_activations_of_1f1b(
+    schedule: str, microbatches: int, versions: list[int]
+) -> None:
+    config = config_of(pp=2, dp=2, schedule=schedule, microbatches=microbatches, tied_embeddings=False)
+    synchronous = config_of(pp=2, dp=2, microbatches=3, tied_embeddings=False)
+    run, plain = DryRun(config), DryRun(synchronous)
+    for rank, number in zip(run.pipeline_ranks(), versions, strict=True):
+        found, one = run.rank(rank), plain.rank(rank)
+        planned = rank_memory(config, found.pp_rank)
+        assert found.by_kind()["weights"] == number * one.by_kind()["weights"] == planned.weights
+        assert found.by_kind()["activations"] == one.by_kind()["activations"]
+        older = (number - 1) * one.by_kind()["weights"]
+        assert found.peak_bytes - one.peak_bytes == pytest.approx(older, rel=0.02)
+        # The formula also has gradients that are summed while other microbatches are under way.
+        more = planned.total - rank_memory(synchronous, found.pp_rank).total - older
+        assert 0 <= more <= planned.gradients and found.peak_bytes <= 1.05 * planned.total
+        assert found.flops * 3 == one.flops * microbatches

@@ -11,7 +11,9 @@ from fused_megatron.checkpoint import read_manifest
 from fused_megatron.checkpoint.run_folder import CLOCK_FIELDS
 from fused_megatron.checks import InputError
 from fused_megatron.models import GPT
+from fused_megatron.pipeline.schedule.schedules import ASYNCHRONOUS
 from fused_megatron.planning.rank_memory import rank_memory
+from fused_megatron.planning.search.pipelines import pipelines
 from fused_megatron.testing.run_on_ranks import RankError, run_on_ranks
 from fused_megatron.training.train import train
 
@@ -51,7 +53,7 @@ def test_a_resumed_run_equals_the_whole_one_bit_for_bit(runs: Any, tmp_path: Pat
 
 def test_versions_of_2bw_fit_another_pipeline(runs: Any, tmp_path: Path) -> None:
     # Each stage clips by its own norm, so that clipping would tell the pipelines apart.
-    changes = TWO_BW | {"clip_norm": 1e6}
+    changes = TWO_BW | DROPOUT | {"clip_norm": 1e6}
     expected = runs.trained(tmp_path, **changes)
     plain = runs.trained(tmp_path / "1f1b", **changes | {"schedule": "1f1b"})
     assert abs(expected[3]["loss"] - plain[3]["loss"]) > 1e-3  # so the comparison below can fail
@@ -129,8 +131,11 @@ def test_too_few_microbatches_and_other_commands(runs: Any, tmp_path: Path) -> N
     config = runs.config(tmp_path, **TWO_BW | {"global_batch_size": 1})
     with pytest.raises(InputError, match="needs as many microbatches as pipeline ranks: 1 must be at least 2"):
         config.check_data_parallel(1)
-    with pytest.raises(InputError, match="changes the update rule: only train runs it; here one of: gpipe, 1f1b"):
+    with pytest.raises(
+        InputError, match="changes the update rule: only train and dry-run take it; here one of: gpipe, 1f1b"
+    ):
         plan_pipeline(runs.config(tmp_path, **TWO_BW))
+    assert not {name for name, _ in pipelines(4, 16)} & set(ASYNCHRONOUS)  # the planner never picks them
 
 
 def poisoned(rank: int, world_size: int, config: Any) -> None:

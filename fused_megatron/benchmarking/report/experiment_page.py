@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 
 from fused_megatron.benchmarking.report.experiment_results import (
+    LOSS,
     CheckedStatement,
     ExperimentResult,
     MeasuredRun,
@@ -14,6 +15,7 @@ HOLDS, FAILS = "holds", "does not hold"
 _COLUMNS = (
     ("parameters", "parameters"),
     ("weights", "weights"),
+    ("versions", "versions of weights"),
     ("gradients", "gradients"),
     ("optimizer", "optimizer"),
     ("gathered", "weights of others"),
@@ -25,6 +27,8 @@ _COLUMNS = (
     ("bytes_on_link", "over the cable"),
     ("link_ms", "cable, ms"),
     ("free_ms", "step without limit, ms"),
+    ("loss_early", "loss, second quarter"),
+    ("loss_end", "loss, last quarter"),
     ("step_ms", "step, ms"),
     ("exposed_ms", "cable left over, ms"),
 )
@@ -85,6 +89,8 @@ def _shown(name: str, value: float | None) -> str:
         return ""
     if name in _SHARES:
         return f"{value:.1%}"
+    if name.startswith(LOSS):
+        return f"{value:.4f}"
     return f"{value:,.1f}" if name.endswith("_ms") else f"{value:,.0f}"
 
 

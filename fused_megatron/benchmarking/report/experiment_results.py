@@ -17,6 +17,8 @@ from fused_megatron.untrusted_files import MOST_JSON_BYTES, convert, parse_json,
 from fused_megatron.untrusted_files import ShownText as Text
 
 FORMAT, VERSION = "fused-megatron experiment", 1
+LOSS = "loss_"
+"""Names of figures that are losses begin so; the loss of step 7 has the name loss_007."""
 _MOST = 1000
 # Larger than any number of bytes or operations; JSON has no limit.
 _Figure = Annotated[float, msgspec.Meta(ge=-1e30, le=1e30)]

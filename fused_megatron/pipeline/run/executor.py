@@ -234,7 +234,10 @@ class PipelineExecutor:
         if num_steps == own.num_steps:
             return own
         if num_steps not in self._other_steps:
-            check(own.weights != SYNCHRONOUS, f"loss_divisor: {num_steps} given, and {own.name} has steps of one each")
+            check(
+                own.weights != SYNCHRONOUS,
+                f"loss_divisor has {num_steps} numbers: one wanted, since the steps of {own.name} do not overlap",
+            )
             other = build_schedule(own.name, own.num_ranks, own.num_microbatches, num_steps=num_steps)
             self._other_steps[num_steps] = lower(other)
         return self._other_steps[num_steps]

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import nn
 
+from fused_megatron.checks import InputError
 from fused_megatron.pipeline import Action, PipelineExecutor, build_schedule, lower
 from fused_megatron.pipeline.run.action_loop import ActionLoop, forward_only
 from fused_megatron.pipeline.run.stage_compute import first_gradient
@@ -47,3 +48,10 @@ def test_an_evaluation_gathers_only_what_its_forwards_need() -> None:
         "0UNSHARD 0F0 0F1 0RESHARD 1UNSHARD 1F0 1F1 1RESHARD"
     )
     assert "0UNSHARD 0B0" in " ".join(map(str, schedule.actions[0]))
+
+
+def test_a_divisor_for_each_step_is_for_steps_that_overlap() -> None:
+    with pytest.raises(
+        InputError, match="loss_divisor has 2 numbers: one wanted, since the steps of 1f1b do not overlap"
+    ):
+        one_rank().step([torch.ones(4, 3)] * 4, [torch.ones(4, 1)] * 4, loss_divisor=[1.0, 2.0])

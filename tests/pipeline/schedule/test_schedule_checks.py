@@ -260,3 +260,14 @@ def test_deadlock_of_crossed_ties_is_found() -> None:
 def test_the_old_name_of_schedule_findings_warns():
     with pytest.warns(DeprecationWarning, match="schedule_findings"):
         assert pipeline.check_schedule is schedule_findings
+
+
+def test_a_forward_before_the_update_that_makes_its_weights_is_found() -> None:
+    schedule = build_schedule("pipedream", 2, 1, num_steps=3)
+    # Stage 0 is one update late, so that the forward of microbatch 2 needs update 0.
+    order = "0F0 0F1 0F2 0B0 0UPDATE0 0B1 0UPDATE1 0B2 0UPDATE2"
+    early = replace(edited(schedule, 0, [parse_action(text) for text in order.split()]), max_live=None)
+    assert [str(finding.message) for finding in schedule_findings(early)] == [
+        "0F2 uses the weights of 0UPDATE0, a later action"
+    ]
+    assert schedule_findings(schedule) == []
