@@ -20,6 +20,7 @@ from fused_megatron.planning.prediction.action_work import ActionWork, Work
 from fused_megatron.planning.prediction.cluster import Cluster
 from fused_megatron.planning.prediction.end_of_step import exposed_s, replica_ring
 from fused_megatron.planning.prediction.engine import Engine
+from fused_megatron.planning.prediction.message_work import handled_messages
 from fused_megatron.planning.prediction.transfer_time import Ring
 from fused_megatron.planning.rank_communication import attention_communication, expert_communication_by_axis
 
@@ -93,6 +94,8 @@ class StageTimes:
             yield 1, self._sent_by_ends(span)
         if self.config.parallel.scatters_messages:
             yield 1, self._gathered_messages(span)
+        if self.cluster.device == "cpu" and not (span.first and span.last):
+            yield 1, handled_messages(self.config, self.cluster, self.engine, span)
 
     def block(self, has_experts: bool, recomputed: bool) -> ActionWork:
         """Return the work of one microbatch in a block."""

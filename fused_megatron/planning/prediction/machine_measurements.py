@@ -247,18 +247,29 @@ def _messages_s(device: torch.device, sizes: Sizes, group: dist.ProcessGroup) ->
                 channels.receive(buffer, 0, _DIRECTION, 0).wait()
                 channels.send(buffer, 0, _DIRECTION, 0).wait()
 
-        found[size] = _shared_s(step, device, sizes, group) / 2
+        found[size] = _shared_s(step, device, sizes, group, pair_only=True) / 2
     channels.close()
     return found
 
 
-def _shared_s(step: Callable[[], object], device: torch.device, sizes: Sizes, group: dist.ProcessGroup) -> float:
-    """Return the median time of a call with communication; every rank repeats it equally often."""
+def _shared_s(
+    step: Callable[[], object],
+    device: torch.device,
+    sizes: Sizes,
+    group: dist.ProcessGroup,
+    *,
+    pair_only: bool = False,
+) -> float:
+    """Return the median time of a call with communication; every rank repeats it equally often.
+
+    pair_only: the other ranks do nothing, and leave their cores to the first two.
+    """
     step()
     longest_s = max(seconds for seconds, *_ in gather_json(_round(step, device, group), group))
     calls = max(1, min(_MOST_CALLS, int(_LEAST_ROUND_S / longest_s)))
     rounds = max(3, min(sizes.repeats, int(sizes.enough_s / (calls * longest_s))))
-    return _median_of_slowest([_round(step, device, group, calls) for _ in range(rounds)], group)
+    measured = [_round(step, device, group, calls) for _ in range(rounds)]
+    return _median_of_slowest(measured, group, takes_turns=not pair_only and group_size(group) > usable_cores())
 
 
 def _round(
@@ -274,14 +285,16 @@ def _round(
     return wall_s / calls, wait_s / calls, (time.thread_time() - own_s) / calls
 
 
-def _median_of_slowest(rounds: Sequence[tuple[float, float, float]], group: dist.ProcessGroup) -> float:
+def _median_of_slowest(
+    rounds: Sequence[tuple[float, float, float]], group: dist.ProcessGroup, *, takes_turns: bool
+) -> float:
     """Return the median, over rounds, of the slowest rank's time without the longest wait for a core.
 
-    With more ranks than cores the waits of a rank are filled by the work of others. Then the mean of the ranks' times
-    of the core counts.
+    If ranks take turns on the cores, the work of others fills the waits of a rank. Then the mean of the ranks' times of
+    the core counts.
     """
     by_round = list(zip(*gather_json([list(each) for each in rounds], group), strict=True))
-    if group_size(group) > usable_cores():
+    if takes_turns:
         return statistics.median(statistics.mean(own_s for _, _, own_s in ranks) for ranks in by_round)
     slowest = [(max(wall for wall, *_ in ranks), max(wait for _, wait, _ in ranks)) for ranks in by_round]
     return quiet_median_s([(wall_s, min(wait_s, 0.9 * wall_s)) for wall_s, wait_s in slowest])

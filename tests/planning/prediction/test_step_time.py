@@ -228,3 +228,28 @@ def test_expert_groups_take_the_order_of_the_mesh():
     for (ep, etp), leaving in (((2, 4), 1), ((4, 2), 2 / 3), ((8, 1), 4 / 7), ((4, 1), 0)):
         predicted, whole = seconds(ep, etp)
         assert predicted == pytest.approx(leaving * whole, rel=1e-3, abs=1e-9), (ep, etp)
+
+
+def test_messages_are_work_of_a_cpu_but_not_of_a_gpu():
+    config = _config(pipeline_parallel_size=4, pipeline_cut=(2, 2, 2, 2))
+    cpu = dataclasses.replace(PRODUCTS_ONLY, device="cpu", gpus_per_node=4, network_gb_per_s=1.0)
+
+    def busy(cluster):
+        return predict_step(config, cluster).played.busy
+
+    message = 2 * 2 * MODEL.seq_len * MODEL.hidden_size / 1e9
+    fast = dataclasses.replace(cpu, network_gb_per_s=1e12)
+    more = [slow - quick for slow, quick in zip(busy(cpu), busy(fast), strict=True)]
+    # Ranks in the middle have four messages a microbatch, both ends have two.
+    assert more == pytest.approx([32 * number * message for number in (2, 4, 4, 2)], rel=1e-6)
+    assert busy(PRODUCTS_ONLY) == busy(dataclasses.replace(PRODUCTS_ONLY, network_gb_per_s=1.0))
+
+
+def test_a_ring_of_a_cpu_sends_through_gloo_and_attends_in_tiles():
+    whole, ring = (_config(context_parallel_size=2, context_parallel_method=name) for name in ("all_to_all", "ring"))
+    cpu = dataclasses.replace(PRODUCTS_ONLY, device="cpu", gpus_per_node=2)
+    attention = MODEL.num_layers * 4 * 64 * MODEL.seq_len**2 * MODEL.hidden_size / 2 * 3.5 / 2 / 1e14
+    assert predict_step(ring, cpu).seconds - predict_step(whole, cpu).seconds == pytest.approx(attention, rel=1e-3)
+    slow = dataclasses.replace(cpu, network_gb_per_s=1.0)
+    sent, none = (predict_step(config, slow).parts["context parallel"] for config in (ring, whole))
+    assert sent > 0.1 and none < 1e-9
