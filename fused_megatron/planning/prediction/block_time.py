@@ -20,11 +20,14 @@ from fused_megatron.planning.prediction.action_work import ActionWork, Work
 from fused_megatron.planning.prediction.cluster import Cluster
 from fused_megatron.planning.prediction.end_of_step import exposed_s, replica_ring
 from fused_megatron.planning.prediction.engine import Engine
+from fused_megatron.planning.prediction.message_work import handled_messages
 from fused_megatron.planning.prediction.transfer_time import Ring
 from fused_megatron.planning.rank_communication import attention_communication, expert_communication_by_axis
 
 _EXPERT_COLLECTIVES = 6
 """Collectives of a block with experts over ep ranks, and as many over etp ranks: three forward, three backward."""
+_RING_WORK = 2.0
+"""Work of attention on a CPU in a ring, whose hops are tiles of scores in memory, over one fused kernel."""
 _CHUNKS = 8
 """Chunks into which products are cut whose collectives run beside them; the first chunk hides nothing."""
 
@@ -91,6 +94,8 @@ class StageTimes:
             yield 1, self._sent_by_ends(span)
         if self.config.parallel.scatters_messages:
             yield 1, self._gathered_messages(span)
+        if self.cluster.device == "cpu" and not (span.first and span.last):
+            yield 1, handled_messages(self.config, self.cluster, self.engine, span)
 
     def block(self, has_experts: bool, recomputed: bool) -> ActionWork:
         """Return the work of one microbatch in a block."""
@@ -249,19 +254,27 @@ class StageTimes:
         ring = Ring(self.cluster, ranks, self.tp)
         sent = attention_communication(self.config, StageSpan(0, 3, 0, 1))
         seconds = sum(
-            ring.gather_s(num_bytes) if kind != "send" else num_bytes / (1e9 * ring.gb_per_s)
+            ring.gather_s(num_bytes) if kind != "send" else self._sent_around_s(ring, num_bytes)
             for kind, num_bytes in sent.items()
         )
-        if self.cluster.device == "cpu":
-            # Forward gathers once, or once a hop; backward twice as often.
-            calls = ranks - 1 if "send" in sent else 1
-            seconds += 3 * calls * ring.gather_s(1)
+        if self.cluster.device == "cpu" and "send" not in sent:
+            seconds += 3 * ring.gather_s(1)  # forward gathers once, backward twice
+        if self.cluster.device == "cpu" and "send" in sent:
+            more = attention * (_RING_WORK - 1)
+            forward, backward = forward + more, backward + more * self._attention_backward
         in_forward = seconds / 3 if "send" in sent else seconds / 2
         in_backward = seconds - in_forward
         hidden = attention.products * (1 - 1 / ranks) if "send" in sent else 0.0
         forward += Work(context_parallel=self.exposed(in_forward, hidden))
         backward += Work(context_parallel=self.exposed(in_backward, hidden * self._attention_backward))
         return forward, backward
+
+    def _sent_around_s(self, ring: Ring, num_bytes: float) -> float:
+        """Return the seconds of a ring's messages; on a CPU gloo sends them, once a hop forward and twice backward."""
+        if self.cluster.device == "cuda":
+            return num_bytes / (1e9 * ring.gb_per_s)
+        messages = 3 * (ring.size - 1)
+        return messages * ring.message_s(num_bytes / messages)
 
     def _with_experts(self, forward: Work, backward: Work, has_experts: bool) -> tuple[Work, Work]:
         if not has_experts:
@@ -375,5 +388,7 @@ class StageTimes:
             products=2 * product, memory_bound=logits, tensor_parallel=self._sync(), host=self.engine.head_ops * launch
         )
         if self.engine.loss_gradients_first:
-            return ActionWork(forward + backward, Work(), Work())
+            # Backward adds the kept float32 gradient to the gradients of the step.
+            added = Work(memory_bound=self._moved(3 * 4 / self.size * columns * self.hidden))
+            return ActionWork(forward + backward, added, Work())
         return ActionWork(forward, backward, Work(products=product))

@@ -24,7 +24,12 @@ from fused_megatron.planning.prediction.machine_measurements import (
     measure_machine,
     usable_cores,
 )
-from fused_megatron.planning.prediction.measured_steps import StepTimes, start_rank, steps_on_rank
+from fused_megatron.planning.prediction.measured_steps import (
+    StepTimes,
+    median_probe_s,
+    start_rank,
+    steps_on_rank,
+)
 from fused_megatron.planning.prediction.shared_cores import with_threads
 from fused_megatron.planning.prediction.step_time import predict_step
 from fused_megatron.planning.prediction.transfer_time import Ring
@@ -73,6 +78,11 @@ class Found:
 
     measurements: Measurements
     steps: Mapping[str, StepTimes]
+
+    @property
+    def probe_s(self) -> float | None:
+        """Seconds of CoreSpeed's work at the speed of cores that the constants describe."""
+        return median_probe_s(self.steps.values())
 
 
 Run = Callable[..., Any]
@@ -139,7 +149,9 @@ def first_guess(measured: Measurements, device: str, name: str) -> Cluster:
     # All-reduces of the smallest and of the largest size; messages there and back.
     node = _line({size: s for (kind, size), s in measured.collectives.items() if kind == "all_reduce"})
     message = _line(measured.messages)
-    share = 2 * (measured.ranks - 1) / measured.ranks or 1.0
+    ranks = measured.ranks
+    copies = device == "cpu" and not measured.transfer_overlap
+    share = 3 * ranks - 1 if copies else 2 * (ranks - 1) / ranks or 1.0
     return Cluster(
         name=name,
         device=device,
@@ -152,7 +164,7 @@ def first_guess(measured: Measurements, device: str, name: str) -> Cluster:
         memory_gb_per_s=3 * streamed / measured.memory[streamed] / measured.threads / 1e9,
         launch_us=1e6 * measured.launch_s,
         node_gb_per_s=share * node[1] / 1e9,
-        node_latency_us=1e6 * node[0] / max(1, measured.ranks - 1),
+        node_latency_us=1e6 * node[0] / max(1, ranks - 1),
         network_gb_per_s=UNMEASURED_GB_PER_S if device == "cuda" else message[1] / 1e9,
         network_latency_us=UNMEASURED_US if device == "cuda" else 1e6 * message[0],
         step_ms=1.0,
@@ -180,15 +192,14 @@ def observations_of(found: Found, plan: Plan) -> list[Observation]:
     largest = max(measured.memory)
     predicted = partial(_memory_s, 3 * largest, measured.threads)
     observed.append(_observation(MEMORY, f"{largest} bytes", measured.memory[largest], predicted))
-    turns = max(1.0, measured.ranks / measured.cores)
     for (kind, num_bytes), seconds in measured.collectives.items():
-        predicted = partial(_collective_s, measured.ranks, turns, kind, num_bytes)
+        predicted = partial(_collective_s, measured.ranks, kind, num_bytes)
         observed.append(_observation(COLLECTIVES, f"{kind} of {num_bytes} bytes", seconds, predicted))
     for num_bytes, seconds in measured.messages.items():
         predicted = partial(_message_s, measured.ranks, num_bytes)
         observed.append(_observation(MESSAGES, f"{num_bytes} bytes", seconds, predicted))
     for name, times in found.steps.items():
-        seconds = times.median_s(without_waits=measured.ranks <= measured.cores)
+        seconds = times.median_s(without_waits=True, probe_s=found.probe_s)
         observed.append(_observation(STEPS, name, seconds, partial(_step_s, plan.configs[name])))
     return observed
 
@@ -208,10 +219,9 @@ def _memory_s(num_bytes: int, threads: int, cluster: Cluster) -> float:
     return num_bytes / (1e9 * with_threads(cluster, threads).memory_gb_per_s)
 
 
-def _collective_s(ranks: int, turns: float, kind: str, num_bytes: int, cluster: Cluster) -> float:
-    """Predict a collective; more ranks than cores do its work in turns."""
+def _collective_s(ranks: int, kind: str, num_bytes: int, cluster: Cluster) -> float:
     ring = Ring(cluster, ranks)
-    return turns * (ring.all_reduce_s(num_bytes) if kind == "all_reduce" else ring.gather_s(num_bytes))
+    return ring.all_reduce_s(num_bytes) if kind == "all_reduce" else ring.gather_s(num_bytes)
 
 
 def _message_s(ranks: int, num_bytes: int, cluster: Cluster) -> float:

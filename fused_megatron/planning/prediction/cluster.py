@@ -50,7 +50,8 @@ class Cluster:
         attention_efficiency: share of the peak that a fused attention kernel reaches.
         memory_gb_per_s: speed of memory that memory-bound kernels reach, reads and writes together.
         launch_us: time of the host for one op of a training step.
-        node_gb_per_s: bus bandwidth of a collective inside a node, of one GPU.
+        node_gb_per_s: bus bandwidth of a collective inside a node, of one GPU. On a CPU whose ranks share memory: bytes
+            that a rank reads and writes in a second of a collective.
         node_latency_us: time of a collective inside a node beyond its bytes, for each rank beside the first.
         network_gb_per_s: bus bandwidth of a collective between nodes, of one GPU.
         network_latency_us: time of a message between nodes beyond its bytes.

@@ -6,8 +6,8 @@ from fused_megatron.planning.prediction.cluster import Cluster
 from fused_megatron.planning.prediction.engine import Engine
 from fused_megatron.planning.prediction.transfer_time import Ring
 
-_GLOO_GATHER = 8
-"""Messages of the same bytes that a gather of gloo takes: it receives into new memory, and copies twice."""
+_GLOO_GATHER_PASSES = 30
+"""Passes over memory that a gather of gloo is worth: it receives into new pages, which fault, and copies twice."""
 
 
 def replica_ring(cluster: Cluster, parallel: ParallelConfig) -> Ring:
@@ -41,7 +41,9 @@ def tied_s(cluster: Cluster, engine: Engine, parallel: ParallelConfig, num_eleme
     rows = replicas if ZERO_STAGES[zero_stage(parallel.zero_stage, replicas)].state else 1
     num_bytes = engine.gradient_bytes * num_elements / rows
     distance = (parallel.pipeline_parallel_size - 1) * parallel.tensor_parallel_size * replicas
-    return Ring(cluster, 2, distance).message_s(num_bytes) * (_GLOO_GATHER if cluster.device == "cpu" else 1)
+    sent = Ring(cluster, 2, distance).message_s(num_bytes)
+    copied = _GLOO_GATHER_PASSES * num_bytes / (1e9 * cluster.memory_gb_per_s)
+    return sent + copied if cluster.device == "cpu" else sent
 
 
 def reduction_s(

@@ -27,6 +27,8 @@ from fused_megatron.pipeline.run.channels import Channel, Channels
 
 COLLECTIVES = ("all_reduce", "all_gather", "reduce_scatter")
 _DIRECTION = "F"
+_LEAST_ROUND_S, _MOST_CALLS = 0.005, 20
+"""Time of calls in a row, and their most: ranks leave the barrier before them up to a millisecond apart."""
 
 
 @dataclass(frozen=True)
@@ -245,37 +247,56 @@ def _messages_s(device: torch.device, sizes: Sizes, group: dist.ProcessGroup) ->
                 channels.receive(buffer, 0, _DIRECTION, 0).wait()
                 channels.send(buffer, 0, _DIRECTION, 0).wait()
 
-        found[size] = _shared_s(step, device, sizes, group) / 2
+        found[size] = _shared_s(step, device, sizes, group, pair_only=True) / 2
     channels.close()
     return found
 
 
-def _shared_s(step: Callable[[], object], device: torch.device, sizes: Sizes, group: dist.ProcessGroup) -> float:
-    """Return the median time of a call with communication; every rank repeats it equally often."""
+def _shared_s(
+    step: Callable[[], object],
+    device: torch.device,
+    sizes: Sizes,
+    group: dist.ProcessGroup,
+    *,
+    pair_only: bool = False,
+) -> float:
+    """Return the median time of a call with communication; every rank repeats it equally often.
+
+    pair_only: the other ranks do nothing, and leave their cores to the first two.
+    """
     step()
-    first = [_round(step, device, group)]
-    longest_s = max(seconds for seconds, _ in gather_json(first[0], group))
-    more = max(2, min(sizes.repeats, int(sizes.enough_s / longest_s)) - 1)
-    return _median_of_slowest([*first, *(_round(step, device, group) for _ in range(more))], group)
+    longest_s = max(seconds for seconds, *_ in gather_json(_round(step, device, group), group))
+    calls = max(1, min(_MOST_CALLS, int(_LEAST_ROUND_S / longest_s)))
+    rounds = max(3, min(sizes.repeats, int(sizes.enough_s / (calls * longest_s))))
+    measured = [_round(step, device, group, calls) for _ in range(rounds)]
+    return _median_of_slowest(measured, group, takes_turns=not pair_only and group_size(group) > usable_cores())
 
 
-def _round(step: Callable[[], object], device: torch.device, group: dist.ProcessGroup) -> tuple[float, float]:
+def _round(
+    step: Callable[[], object], device: torch.device, group: dist.ProcessGroup, calls: int = 1
+) -> tuple[float, float, float]:
+    """Return the time of a call, its wait for a core and its time of the core, each the mean of some calls in a row."""
     dist.barrier(group)
-    clock = CoreTime()
-    step()
+    own_s, clock = time.thread_time(), CoreTime()
+    for _ in range(calls):
+        step()
     _wait(device)
-    return clock.stop()
+    wall_s, wait_s = clock.stop()
+    return wall_s / calls, wait_s / calls, (time.thread_time() - own_s) / calls
 
 
-def _median_of_slowest(rounds: Sequence[tuple[float, float]], group: dist.ProcessGroup) -> float:
+def _median_of_slowest(
+    rounds: Sequence[tuple[float, float, float]], group: dist.ProcessGroup, *, takes_turns: bool
+) -> float:
     """Return the median, over rounds, of the slowest rank's time without the longest wait for a core.
 
-    With more ranks than cores the waits are part of the transfer, and stay.
+    If ranks take turns on the cores, the work of others fills the waits of a rank. Then the mean of the ranks' times of
+    the core counts.
     """
-    by_round = zip(*gather_json([list(each) for each in rounds], group), strict=True)
-    slowest = [tuple(max(values) for values in zip(*ranks, strict=True)) for ranks in by_round]
-    if group_size(group) > usable_cores():
-        return statistics.median(wall_s for wall_s, _ in slowest)
+    by_round = list(zip(*gather_json([list(each) for each in rounds], group), strict=True))
+    if takes_turns:
+        return statistics.median(statistics.mean(own_s for _, _, own_s in ranks) for ranks in by_round)
+    slowest = [(max(wall for wall, *_ in ranks), max(wait for _, wait, _ in ranks)) for ranks in by_round]
     return quiet_median_s([(wall_s, min(wait_s, 0.9 * wall_s)) for wall_s, wait_s in slowest])
 
 

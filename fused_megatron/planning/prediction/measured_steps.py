@@ -1,6 +1,8 @@
 """Times of real training steps of a config on the ranks of this process group, with the trainer's own parts."""
 
 import statistics
+import time
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -16,8 +18,12 @@ from fused_megatron.config import TrainConfig
 from fused_megatron.data.batch import Batch
 from fused_megatron.kept_pages import keep_malloc_pages
 from fused_megatron.mesh import Mesh
-from fused_megatron.observe.core_time import CoreTime, quiet_median_s
-from fused_megatron.planning.prediction.machine_measurements import threads_of_rank
+from fused_megatron.observe.core_speed import CoreSpeed
+from fused_megatron.observe.core_time import CoreTime, cores_busy_s, quiet_median_s
+from fused_megatron.planning.prediction.machine_measurements import threads_of_rank, usable_cores
+
+RankStep = tuple[float, float, float, float, float]
+"""A step on a rank: seconds, seconds without a core, seconds of a probe, own and everybody's seconds of the cores."""
 
 
 @dataclass(frozen=True)
@@ -26,26 +32,40 @@ class StepTimes:
 
     Attributes:
         seconds: of each step, until its last rank is done.
-        waits: for each step, seconds in which the rank that waited longest was ready to run and had no core. With more
-            ranks than cores, ranks wait for each other, too.
+        waits: for each step, seconds in which other processes held the core of the rank that waited longest; with more
+            ranks than cores, seconds of all cores that other processes took, over the number of cores.
+        probes: for each step, seconds of CoreSpeed's work beside it, the mean of the ranks; empty on a GPU.
     """
 
     seconds: tuple[float, ...]
     waits: tuple[float, ...]
+    probes: tuple[float, ...] = ()
 
     def __add__(self, other: "StepTimes") -> "StepTimes":
-        return StepTimes(self.seconds + other.seconds, self.waits + other.waits)
+        return StepTimes(self.seconds + other.seconds, self.waits + other.waits, self.probes + other.probes)
 
-    def median_s(self, *, without_waits: bool) -> float:
-        """Return the median of the steps, with or without the waits for cores that other processes held."""
-        if not without_waits:
-            return statistics.median(self.seconds)
-        return quiet_median_s(list(zip(self.seconds, self.waits, strict=True)))
+    def median_s(self, *, without_waits: bool, probe_s: float | None = None) -> float:
+        """Return the median of the steps.
+
+        Args:
+            without_waits: leave out the time that other processes took.
+            probe_s: seconds of CoreSpeed's work at the speed of cores for which the median is wanted; None: as they
+                were.
+        """
+        scales = [probe_s / probe for probe in self.probes] if probe_s and self.probes else [1.0] * len(self.seconds)
+        steps = [(s * by, w * by) for s, w, by in zip(self.seconds, self.waits, scales, strict=True)]
+        return quiet_median_s(steps) if without_waits else statistics.median(seconds for seconds, _ in steps)
 
     @property
     def busy_share(self) -> float:
         """Share of the time in which other processes held the cores."""
         return sum(self.waits) / (sum(self.seconds) or 1.0)
+
+
+def median_probe_s(times: Iterable[StepTimes]) -> float | None:
+    """Return the median of all probes; None without any."""
+    probes = [probe for each in times for probe in each.probes]
+    return statistics.median(probes) if probes else None
 
 
 class RealSteps:
@@ -68,8 +88,7 @@ class RealSteps:
 
     def run(self) -> tuple[float, float]:
         """Run a step after a barrier; return (seconds, seconds without a core) of this rank."""
-        if self._group is not None:
-            dist.barrier()
+        self._meet()
         clock = CoreTime()
         training_step(
             self.assembly,
@@ -91,7 +110,25 @@ class RealSteps:
         """Run warm-up steps and then `rounds` steps; return their times, the same on every rank."""
         for _ in range(warm_up):
             self.run()
-        return slowest_of_ranks([self.run() for _ in range(rounds)], self._group)
+        if self._device.type == "cuda":
+            return slowest_of_ranks([(*self.run(), 0.0, 0.0, 0.0) for _ in range(rounds)], self._group)
+        speed = CoreSpeed()
+        return slowest_of_ranks([self._run_beside(speed) for _ in range(rounds)], self._group)
+
+    def _run_beside(self, speed: CoreSpeed) -> RankStep:
+        """Run a step between two probes of the core's speed."""
+        before_s = speed.probe_s()
+        self._meet()
+        own_s, all_s = time.process_time(), cores_busy_s()
+        seconds, wait_s = self.run()
+        own_s = time.process_time() - own_s
+        self._meet()
+        all_s = cores_busy_s() - all_s
+        return seconds, wait_s, (before_s + speed.probe_s()) / 2, own_s, all_s
+
+    def _meet(self) -> None:
+        if self._group is not None:
+            dist.barrier()
 
     def close(self) -> None:
         """Cut the connections of the pipeline. The groups of the mesh stay until the process ends."""
@@ -119,11 +156,21 @@ def steps_on_rank(rank: int, world_size: int, device_type: str, config: TrainCon
     return times
 
 
-def slowest_of_ranks(steps: list[tuple[float, float]], group: dist.ProcessGroup | None) -> StepTimes:
-    """Return, for each step, the time of the slowest rank and the longest wait for a core, the same on every rank."""
+def slowest_of_ranks(steps: list[RankStep], group: dist.ProcessGroup | None) -> StepTimes:
+    """Return the times of each step over all ranks, the same on every rank."""
     by_step = zip(*gather_json(steps, group), strict=True)
-    slowest = [tuple(map(max, zip(*ranks, strict=True))) for ranks in by_step]
-    return StepTimes(tuple(seconds for seconds, _ in slowest), tuple(wait for _, wait in slowest))
+    seconds, waits, probes = zip(*(slowest_step(ranks, usable_cores()) for ranks in by_step), strict=True)
+    return StepTimes(seconds, waits, probes if all(probes) else ())
+
+
+def slowest_step(ranks: Sequence[RankStep], cores: int) -> tuple[float, float, float]:
+    """Return the seconds of a step's slowest rank, what other processes took of it, and the mean probe."""
+    seconds, waited, probes, own, every = zip(*ranks, strict=True)
+    wait_s = max(waited)
+    if len(ranks) > cores:
+        # Ranks that share a core wait for each other, too.
+        wait_s = min(max(seconds), max(0.0, min(every) - sum(own)) / cores)
+    return max(seconds), wait_s, statistics.mean(probes)
 
 
 def random_batch(config: TrainConfig, mesh: Mesh, device: torch.device) -> Batch:

@@ -99,7 +99,7 @@ class _Step:
         config.check_data_parallel(self.dp)
         self.plan = plan_pipeline(config)
         self.spans = stage_spans(config, self.plan)
-        self.times = StageTimes(config, cluster, self.engine)
+        self.times = StageTimes(self.config, cluster, self.engine)
         self.works = [self.times.of_stage(span) for span in self.spans]
 
     def predict(self) -> StepPrediction:
@@ -114,7 +114,9 @@ class _Step:
         ]
         cores = self._cores
         ends = ends_on_cores(played.ends, reduced, cores)
-        ends[0] = ends[-1] = max(ends[0], ends[-1]) + self._tied_s()
+        tied = self._tied_s()
+        if tied:
+            ends[0] = ends[-1] = max(ends_on_cores([max(ends[0], ends[-1])] * 2, [tied] * 2, cores))
         # The norm of all gradients is known when the last rank has reduced its own.
         updates = [self._update_s([self.spans[s] for s in stages[rank]]) for rank in ranks]
         total = max(ends_on_cores([max(ends)] * len(ends), updates, cores))

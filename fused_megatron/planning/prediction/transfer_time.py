@@ -30,6 +30,11 @@ class Ring:
         return self.size > self.in_node and self.cluster.device == "cuda"
 
     @cached_property
+    def copies(self) -> bool:
+        """Whether the ranks of one machine copy themselves, through memory that they share (host_ring.py)."""
+        return self.cluster.device == "cpu" and not self.cluster.transfer_overlap
+
+    @cached_property
     def gb_per_s(self) -> float:
         """Bus bandwidth of a rank: of the slowest link of a ring."""
         if not self.leaves_node:
@@ -49,14 +54,19 @@ class Ring:
         if self.size == 1 or not num_bytes:
             return 0.0
         share = (self.size - 1) / self.size
+        if self.copies:
+            # Copies of 2 + 2 / R and 2 + 3 (R - 1) / R bytes, read or written, for each of the tensor: their mean.
+            share = (7 - 1 / self.size) / 2
         return self.latency_s + share * num_bytes / (1e9 * self.gb_per_s)
 
     def all_reduce_s(self, num_bytes: float) -> float:
         """Return the seconds of an all-reduce of num_bytes: a reduce-scatter and an all-gather."""
         if self.size == 1 or not num_bytes:
             return 0.0
-        share = (self.size - 1) / self.size
-        return self.latency_s + 2 * share * num_bytes / (1e9 * self.gb_per_s)
+        share = 2 * (self.size - 1) / self.size
+        if self.copies:
+            share = 3 * self.size - 1  # a rank writes its tensor for all, and adds the tensors of all
+        return self.latency_s + share * num_bytes / (1e9 * self.gb_per_s)
 
     def exchange_s(self, num_bytes: float) -> float:
         """Return the seconds of an all-to-all in which a rank sends num_bytes, in equal parts, to all other ranks.
@@ -65,6 +75,8 @@ class Ring:
         """
         if self.size == 1 or not num_bytes:
             return 0.0
+        if self.copies:
+            return self.latency_s + 4 * num_bytes / (1e9 * self.gb_per_s)
         leaving = (self.size - self.in_node) / (self.size - 1) if self.leaves_node else 0.0
         in_node = (1 - leaving) * num_bytes / (1e9 * self.cluster.node_gb_per_s)
         return self.latency_s + max(in_node, leaving * num_bytes / (1e9 * self.cluster.network_gb_per_s))

@@ -90,12 +90,11 @@ def test_the_head_computes_its_gradients_in_forward():
     head = 2 * 2 * MODEL.seq_len * MODEL.hidden_size * 65536 / 1e14
     assert seconds(own)[Kind.FORWARD] - seconds(other)[Kind.FORWARD] == pytest.approx(2 * head, rel=1e-6)
     assert seconds(other)[Kind.BACKWARD] - seconds(own)[Kind.BACKWARD] == pytest.approx(2 * head, rel=1e-6)
-    # All forwards first: the backwards of the first stage wait for all heads.
-    gpipe, one = (
-        predict_step(dataclasses.replace(config, parallel=dataclasses.replace(config.parallel, schedule=name)), A100)
-        for name in ("gpipe", "1f1b")
-    )
-    assert gpipe.seconds > one.seconds
+    # Backward adds the gradient, which forward kept, to the gradients of the step: 3 passes in float32.
+    slow = dataclasses.replace(PRODUCTS_ONLY, memory_gb_per_s=10.0)
+    alone = dataclasses.replace(config, model=dataclasses.replace(model, num_layers=1))
+    last = dataclasses.replace(alone, parallel=dataclasses.replace(alone.parallel, pipeline_cut=(1, 0)))
+    assert seconds(predict_step(last, slow))[Kind.BACKWARD] == pytest.approx(3 * 4 * 1024 * 65536 / 10e9, rel=1e-6)
 
 
 @pytest.mark.parametrize(
@@ -111,8 +110,9 @@ def test_the_first_and_the_last_stage_sum_a_tied_table(layout, share):
 
     # With ZeRO each replica sums its rows.
     assert seconds(True) - seconds(False) == pytest.approx(4 * 32768 * 1024 / share / 1e9, rel=0.02)
-    cpu = dataclasses.replace(slow, device="cpu", gpus_per_node=8)
-    assert seconds(True, cpu) - seconds(False, cpu) > 4 * (seconds(True) - seconds(False))
+    # A gather of gloo also takes passes over memory.
+    cpu = dataclasses.replace(slow, device="cpu", gpus_per_node=8, memory_gb_per_s=1.0)
+    assert seconds(True, cpu) - seconds(False, cpu) > 10 * (seconds(True) - seconds(False))
 
 
 def test_tensor_parallel_ranks_send_four_all_reduces_a_block():
@@ -228,3 +228,28 @@ def test_expert_groups_take_the_order_of_the_mesh():
     for (ep, etp), leaving in (((2, 4), 1), ((4, 2), 2 / 3), ((8, 1), 4 / 7), ((4, 1), 0)):
         predicted, whole = seconds(ep, etp)
         assert predicted == pytest.approx(leaving * whole, rel=1e-3, abs=1e-9), (ep, etp)
+
+
+def test_messages_are_work_of_a_cpu_but_not_of_a_gpu():
+    config = _config(pipeline_parallel_size=4, pipeline_cut=(2, 2, 2, 2))
+    cpu = dataclasses.replace(PRODUCTS_ONLY, device="cpu", gpus_per_node=4, network_gb_per_s=1.0)
+
+    def busy(cluster):
+        return predict_step(config, cluster).played.busy
+
+    message = 2 * 2 * MODEL.seq_len * MODEL.hidden_size / 1e9
+    fast = dataclasses.replace(cpu, network_gb_per_s=1e12)
+    more = [slow - quick for slow, quick in zip(busy(cpu), busy(fast), strict=True)]
+    # Ranks in the middle have four messages a microbatch, both ends have two.
+    assert more == pytest.approx([32 * number * message for number in (2, 4, 4, 2)], rel=1e-6)
+    assert busy(PRODUCTS_ONLY) == busy(dataclasses.replace(PRODUCTS_ONLY, network_gb_per_s=1.0))
+
+
+def test_a_ring_of_a_cpu_sends_through_gloo_and_attends_in_tiles():
+    whole, ring = (_config(context_parallel_size=2, context_parallel_method=name) for name in ("all_to_all", "ring"))
+    cpu = dataclasses.replace(PRODUCTS_ONLY, device="cpu", gpus_per_node=2)
+    attention = MODEL.num_layers * 4 * 64 * MODEL.seq_len**2 * MODEL.hidden_size / 2 * 3.5 / 2 / 1e14
+    assert predict_step(ring, cpu).seconds - predict_step(whole, cpu).seconds == pytest.approx(attention, rel=1e-3)
+    slow = dataclasses.replace(cpu, network_gb_per_s=1.0)
+    sent, none = (predict_step(config, slow).parts["context parallel"] for config in (ring, whole))
+    assert sent > 0.1 and none < 1e-9
