@@ -205,7 +205,9 @@ def test_another_text_in_the_run_folder(folder: Path, tmp_path: Path, capsys: py
     words = ["train", folder / "tiny.toml", "--data.path", tmp_path / "other.txt", "--training.num-steps", "4"]
     own = folder / "run" / "tokenizer.json"
     before = own.read_bytes()
-    assert f"(data.tokenizer_path={own} keeps the run's; or choose" in fails(capsys, *words)
+    said = fails(capsys, *words)
+    assert said.startswith(f"{tmp_path / 'other.txt'} has another tokenizer than {folder / 'run'}")
+    assert f"(data.tokenizer_path={own} keeps the run's; or choose" in said
     assert own.read_bytes() == before
     copy = shutil.copytree(folder / "run", tmp_path / "run")
     words += ["--data.tokenizer-path", own, "--training.run-folder", copy]

@@ -76,13 +76,18 @@ class RunFolder:
                 f"training.run_folder={self.path} cannot be written: {error.strerror or error} (choose another)"
             ) from None
 
-    def check_tokenizer(self, tokenizer_path: str | None) -> None:
-        """Raise InputError if text of another tokenizer would go on this run, whose weights know the ids of its own."""
+    def check_tokenizer(self, tokenizer_path: str | None, text: str) -> None:
+        """Raise InputError if text of another tokenizer would go on this run, whose weights know the ids of its own.
+
+        Args:
+            tokenizer_path: of the text; None: token ids without a tokenizer.
+            text: its name, for the message.
+        """
         if tokenizer_path is None or not self.tokenizer.is_file():
             return
         check(
             Path(tokenizer_path).read_bytes() == self.tokenizer.read_bytes(),
-            f"data.tokenizer_path={tokenizer_path} is not the tokenizer of {self.path}: the same ids are other text "
+            f"{text} has another tokenizer than {self.path}, whose weights know other ids "
             f"(data.tokenizer_path={self.tokenizer} keeps the run's; or choose another training.run_folder)",
         )
 

@@ -208,7 +208,8 @@ def _resume(trainer: Trainer, model_config: TransformerConfig) -> None:
     group = world_group()
     checkpoint = checkpoint_to_resume(trainer.run_folder.checkpoints, group=group)
     if checkpoint is not None:
-        on_every_rank(lambda: trainer.run_folder.check_tokenizer(trainer.data.tokenizer_path))
+        data = trainer.data
+        on_every_rank(lambda: trainer.run_folder.check_tokenizer(data.tokenizer_path, data.description))
         state = on_every_rank(lambda: _state_of_same_run(checkpoint, model_config, trainer.config))
         # In another layout the ranks differ, so their random number generators start anew.
         same_layout = {"cp": 1, **state.get("layout", {})} == trainer.layout()
