@@ -347,10 +347,13 @@ def _shared_errors() -> Iterator[None]:
 def _is_expected(error: RuntimeError) -> bool:
     """Return whether the error is meant for the user, so that its one line is enough."""
     from fused_megatron.checkpoint import CheckpointError  # noqa: PLC0415
+    from fused_megatron.training.out_of_memory import MemoryShortageError  # noqa: PLC0415
     from fused_megatron.training.trainer import TrainingError  # noqa: PLC0415
 
     # Possible causes of a CheckpointError; anything else is a bug.
     causes = InputError | CheckpointError | OSError | RuntimeError | None
+    if isinstance(error, MemoryShortageError):
+        return True
     return isinstance(error, (TrainingError, CheckpointError)) and isinstance(error.__cause__, causes)
 
 

@@ -482,7 +482,7 @@ def _warn_if_tensor_parallel_leaves_the_host(tensor_parallel_size: int, rank: in
 
 
 def _way_out(model_ranks: int, total: int, world_size: int) -> str:
-    start = f"start {total} ranks: torchrun --nproc-per-node {total}"
+    start = f"start {total} ranks: torchrun or fused-megatron launch, with --nproc-per-node {total}"
     return start if world_size % model_ranks else f"{start}; or data_parallel_size={world_size // model_ranks}"
 
 

@@ -1,6 +1,7 @@
 """Start here when the command line answers bad input with a traceback."""
 
 import json
+import shutil
 import struct
 import subprocess
 import sys
@@ -97,7 +98,8 @@ def test_generate_continues_the_prompt_and_repeats_itself(folder: Path, capsys: 
     (["--num-layers", "3"], "unknown option --num-layers (did you mean --model.num-layers?)"),
     (["--model.num-layers", "many"], "model.num_layers='many' must be a whole number"),
     (["--model.num-heads", "3"], "hidden_size=16 must be divisible by num_heads=3 (nearest: 15, 18)"),
-    (["--parallel.tensor-parallel-size", "4"], "num_heads=2 must be divisible by tensor_parallel_size=4 (nearest: 4)"),
+    (["--parallel.tensor-parallel-size", "4"], "num_heads=2 must be divisible by tensor_parallel_size=4 (nearest: 4; "
+     "or tensor_parallel_size=2)"),
     (["--training.microbatch-size", "3"], "global_batch_size=4 must be divisible by microbatch_size=3 (nearest: 3, 6)"),
     (["--parallel.pipeline-parallel-size", "3"], "num_layers=1 must be at least 2: of the 3 pipeline stages"),
     (["--parallel.schedule", "1f2b"], "schedule='1f2b' must be one of: gpipe, 1f1b, interleaved_1f1b"),
@@ -105,7 +107,7 @@ def test_generate_continues_the_prompt_and_repeats_itself(folder: Path, capsys: 
     (["--parallel.schedule", "pipedream_2bw", "--parallel.zero-stage", "3"], "zero_stage=3 must be 0 or 1"),
     (["--parallel.schedule", "zb_v", "--parallel.stages-per-rank", "3"], "stages_per_rank=3 must be 2 for zb_v"),
     (["--parallel.pipeline-cut", "1", "1"], "pipeline_cut=[1, 1] must have one number of blocks for each of the 1"),
-    (["--parallel.tensor-parallel-size", "2"], "= 2 must equal the world size 1 (start 2 ranks: torchrun"),
+    (["--parallel.tensor-parallel-size", "2"], "= 2 must equal the world size 1 (start 2 ranks: torchrun or fused-"),
     (["--training.dtype", "float16"], "dtype='float16' must be one of: 'auto', 'float32', 'bfloat16'"),
     (["--data.path", "/nowhere/at/all"], "/nowhere/at/all"),
     (["--training.run-folder", "/proc/no/run"], "training.run_folder=/proc/no/run cannot be written"),
@@ -143,6 +145,11 @@ def test_bad_commands(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixtur
     assert "train needs a config file" in fails(capsys, "train")
     assert "nowhere.toml does not exist" in fails(capsys, "train", tmp_path / "nowhere.toml")
     assert "is no run folder" in fails(capsys, "generate", tmp_path, "a prompt")
+    step = next((folder / "run" / "checkpoints").iterdir())
+    assert f"(give {folder / 'run'}, of which it is a part)" in fails(capsys, "generate", step, "a prompt")
+    (tmp_path / "short.txt").write_text("few words")
+    words = ["--data.path", tmp_path / "short.txt", "--training.run-folder", tmp_path / "short"]
+    assert fails(capsys, "train", folder / "tiny.toml", *words).startswith(f"{tmp_path / 'short.txt'}: ")
     assert "must hold at least one character" in fails(capsys, "generate", folder / "run", "")
     assert "generate" in fails(capsys, "generate", folder / "run")
     assert "temperature=-1.0 must be 0 or more" in fails(capsys, "generate", folder / "run", "a", "--temperature", "-1")
@@ -191,6 +198,22 @@ def test_another_model_in_the_run_folder(folder: Path, capsys: pytest.CaptureFix
     assert "is of another model: hidden_size=16 there, hidden_size=32 here" in said
     # The mistake has not changed the run.
     assert cli.main(["generate", str(folder / "run"), "the", "--num-tokens", "3"]) == 0
+
+
+def test_another_text_in_the_run_folder(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A tokenizer that is trained on another text gives the ids of the run another meaning, even with as many ids."""
+    (tmp_path / "other.txt").write_text("pack my box with five dozen liquor jugs. " * 200)
+    words = ["train", folder / "tiny.toml", "--data.path", tmp_path / "other.txt", "--training.num-steps", "4"]
+    own = folder / "run" / "tokenizer.json"
+    before = own.read_bytes()
+    said = fails(capsys, *words)
+    assert said.startswith(f"{tmp_path / 'other.txt'} has another tokenizer than {folder / 'run'}")
+    assert f"(data.tokenizer_path={own} keeps the run's; or choose" in said
+    assert own.read_bytes() == before
+    copy = shutil.copytree(folder / "run", tmp_path / "run")
+    words += ["--data.tokenizer-path", own, "--training.run-folder", copy]
+    assert cli.main([str(word) for word in words]) == 0
+    assert "was trained on other data" in capsys.readouterr().out
 
 
 def test_a_broken_checkpoint_is_named_and_passed_over(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:

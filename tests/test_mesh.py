@@ -160,9 +160,9 @@ def refused_by_name(rank, world_size, sizes):
 
 WRONG_SIZES = {
     (2, 1, 2): "tensor_parallel_size=2 x pipeline_parallel_size=1 x data_parallel_size=2 = 4 must equal the world size "
-    "2 (start 4 ranks: torchrun --nproc-per-node 4; or data_parallel_size=1)",
+    "2 (start 4 ranks: torchrun or fused-megatron launch, with --nproc-per-node 4; or data_parallel_size=1)",
     (3,): "tensor_parallel_size=3 x pipeline_parallel_size=1 x data_parallel_size=1 = 3 must equal the world size "
-    "2 (start 3 ranks: torchrun --nproc-per-node 3)",
+    "2 (start 3 ranks: torchrun or fused-megatron launch, with --nproc-per-node 3)",
     (0,): "tensor_parallel_size=0 must be at least 1",
     (1, -1): "pipeline_parallel_size=-1 must be at least 1",
 }

@@ -10,7 +10,7 @@ from typing import Any
 
 import msgspec
 
-from fused_megatron.checks import InputError
+from fused_megatron.checks import InputError, check
 from fused_megatron.config import TrainConfig
 from fused_megatron.config.config_file import config_text
 from fused_megatron.durable import replace_file
@@ -57,6 +57,15 @@ class RunFolder:
         self._tensorboard: Any = None
         self._metrics_failed = False
 
+    def check_exists(self) -> None:
+        """Raise InputError unless this is the folder of a run; a folder inside a run is answered with the run."""
+        if self.config.is_file():
+            return
+        runs = (each for each in self.path.parents if (each / self.config.name).is_file())
+        inside = next((each for each in runs if (each / self.checkpoints.name).is_dir()), None)
+        hint = "the folder that train writes, such as runs/my" if inside is None else f"{inside}, of which it is a part"
+        raise InputError(f"run={self.path} is no run folder: it has no {self.config.name} (give {hint})")
+
     def create(self) -> None:
         """Make the folder, and check that files can be written there."""
         try:
@@ -66,6 +75,21 @@ class RunFolder:
             raise InputError(
                 f"training.run_folder={self.path} cannot be written: {error.strerror or error} (choose another)"
             ) from None
+
+    def check_tokenizer(self, tokenizer_path: str | None, text: str) -> None:
+        """Raise InputError if text of another tokenizer would go on this run, whose weights know the ids of its own.
+
+        Args:
+            tokenizer_path: of the text; None: token ids without a tokenizer.
+            text: its name, for the message.
+        """
+        if tokenizer_path is None or not self.tokenizer.is_file():
+            return
+        check(
+            Path(tokenizer_path).read_bytes() == self.tokenizer.read_bytes(),
+            f"{text} has another tokenizer than {self.path}, whose weights know other ids "
+            f"(data.tokenizer_path={self.tokenizer} keeps the run's; or choose another training.run_folder)",
+        )
 
     def describe(self, config: TrainConfig, tokenizer_path: str | None) -> None:
         """Write the resolved config and a copy of the tokenizer for `generate`; equal files are not written again."""

@@ -30,13 +30,13 @@ class TrainConfig:
         layers = self.model.num_layers
         check(layers <= MOST_LAYERS, f"num_layers={layers} must be at most {MOST_LAYERS}")
         tp = self.parallel.tensor_parallel_size
-        check_divisible("num_heads", self.model.num_heads, "tensor_parallel_size", tp)
-        check_multiple_or_divisor("num_kv_heads", self.model.kv_heads, "tensor_parallel_size", tp)
+        check_divisible("num_heads", self.model.num_heads, "tensor_parallel_size", tp, either=True)
+        check_multiple_or_divisor("num_kv_heads", self.model.kv_heads, "tensor_parallel_size", tp, either=True)
         if len(self.model.expert_blocks) < layers:
-            check_divisible("ffn_hidden_size", self.model.ffn_size, "tensor_parallel_size", tp)
+            check_divisible("ffn_hidden_size", self.model.ffn_size, "tensor_parallel_size", tp, either=True)
         check_expert_parallel(self.model, self.parallel)
         if self.parallel.sequence_parallel:
-            check_divisible("seq_len", self.model.seq_len, "tensor_parallel_size", tp)
+            check_divisible("seq_len", self.model.seq_len, "tensor_parallel_size", tp, either=True)
         if self.parallel.context_parallel_size > 1:
             self._check_context_parallel()
         check(

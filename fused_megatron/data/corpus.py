@@ -17,6 +17,7 @@ from fused_megatron.checks import InputError, check
 from fused_megatron.data.blend import BlendedValidation
 from fused_megatron.data.build_once import build_once, default_cache_folder
 from fused_megatron.data.indexed_dataset import IndexedDataset, IndexedDatasetWriter, dataset_files, sync, token_dtype
+from fused_megatron.data.sample_index import too_few_tokens
 from fused_megatron.data.text_source import TextSource, path_source, standard_library_source
 from fused_megatron.data.token_dataset import TokenDataset, ValidationDataset, held_out, split_documents
 from fused_megatron.data.token_digest import (
@@ -98,6 +99,8 @@ class PreparedCorpus:
         documents = None
         if self.train_prefix == self.validation_prefix:
             documents = split_documents(dataset, self.validation_fraction)[0]
+        tokens = dataset.total_tokens if documents is None else documents.total_tokens
+        check(tokens > seq_len, f"{self.description}: {too_few_tokens(tokens, seq_len)}")
         return TokenDataset(dataset, seq_len, seed, documents=documents, vocab_size=self.vocab_size)
 
     def validation_dataset(self, seq_len: int, max_samples: int | None = None) -> ValidationDataset:

@@ -35,6 +35,11 @@ class _Epoch(NamedTuple):
     empty_before: np.ndarray | None
 
 
+def too_few_tokens(total: int, seq_len: int) -> str:
+    """Return the message for a text that is shorter than one sample."""
+    return f"{total} tokens are too few for one sample of seq_len={seq_len} + 1: give more text or a smaller seq_len"
+
+
 class SampleIndex:
     """An endless order of samples of seq_len + 1 tokens over packed documents.
 
@@ -62,10 +67,7 @@ class SampleIndex:
         total = int(self.lengths.sum())
         check(seq_len >= 1, f"seq_len={seq_len} must be at least 1")
         check(0 <= seed < 1 << 64, f"seed={seed} must be in [0, 2^64)")
-        check(
-            total > seq_len,
-            f"{total} tokens are too few for one sample of seq_len={seq_len} + 1: give more text or a smaller seq_len",
-        )
+        check(total > seq_len, too_few_tokens(total, seq_len))
         self.samples_per_epoch = (total - 1) // seq_len
         self._has_empty = bool((self.lengths == 0).any())
         self._epochs: dict[int, _Epoch] = {}

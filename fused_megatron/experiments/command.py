@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -101,6 +102,7 @@ def _run(found: Sequence[Experiment], folder: Path, *, brief: bool) -> int:
     from fused_megatron.benchmarking.report.experiment_page import experiment_lines, overview_lines  # noqa: PLC0415
     from fused_megatron.experiments.run_experiment import run_experiment  # noqa: PLC0415
 
+    _check_folder(folder)
     results: list[ExperimentResult] = []
     try:
         for each in found:
@@ -112,6 +114,16 @@ def _run(found: Sequence[Experiment], folder: Path, *, brief: bool) -> int:
         if len(found) > 1 and results:
             print_report("\n".join(["", *overview_lines(results), f"results: {folder}"]))
     return int(not all(result.holds for result in results))
+
+
+def _check_folder(folder: Path) -> None:
+    """Raise InputError, before anything is measured, if no file can be written there."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise InputError(f"output={folder} cannot be written: {error.strerror or error}") from None
 
 
 def _line(result: ExperimentResult) -> str:

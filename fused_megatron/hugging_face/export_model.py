@@ -14,7 +14,7 @@ from fused_megatron.checkpoint.errors import SharedCheckpointError, explain_os_e
 from fused_megatron.checkpoint.run_folder import RunFolder
 from fused_megatron.checkpoint.run_state import run_state
 from fused_megatron.checkpoint.shard_file import Entry, write_shard_file
-from fused_megatron.checks import InputError, check, dtype_name
+from fused_megatron.checks import InputError, dtype_name
 from fused_megatron.collectives.together import run_on_first, run_together
 from fused_megatron.config import TransformerConfig, model_config
 from fused_megatron.data.tokenizer import load_tokenizer
@@ -62,7 +62,7 @@ def export_model(
     run = RunFolder(run_path)
 
     def prepare() -> None:
-        check(run.config.is_file(), f"{run_path} is no run folder: it has no {run.config.name}")
+        run.check_exists()
         check_absent(folder)
 
     run_together(group, prepare, SharedCheckpointError)

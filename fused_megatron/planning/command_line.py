@@ -2,9 +2,12 @@
 
 import dataclasses
 from collections.abc import Collection, Sequence
+from typing import Any
 
 from fused_megatron.checks import InputError, check, check_divisible
 from fused_megatron.config import TrainConfig
+
+_RECOMPUTATION = ("recompute", "recompute_blocks")
 
 
 def split_options(
@@ -57,6 +60,44 @@ def on_ranks(config: TrainConfig, world_size: int) -> TrainConfig:
     check_divisible("ranks", world_size, names, model_ranks)
     parallel = dataclasses.replace(parallel, data_parallel_size=world_size // model_ranks)
     return dataclasses.replace(config, parallel=parallel)
+
+
+def with_vocabulary(config: TrainConfig) -> TrainConfig:
+    """Return the config with a vocabulary, for formulas: without one, the size that its tokenizer will have."""
+    if config.model.vocab_size is not None:
+        return config
+    size = config.data.tokenizer_vocab_size
+    return dataclasses.replace(config, model=dataclasses.replace(config.model, vocab_size=size))
+
+
+def vocabulary_note(config: TrainConfig) -> str:
+    """Return what with_vocabulary chose, in words; empty if the config has a vocabulary."""
+    if config.model.vocab_size is not None:
+        return ""
+    size = config.data.tokenizer_vocab_size
+    return f"a vocabulary of {size:,} entries, as data.tokenizer_vocab_size (--model.vocab-size)"
+
+
+def layout_words(config: TrainConfig, planned: TrainConfig) -> list[str]:
+    """Return the options that turn a config into a plan of it: only the layout, microbatches and recomputation.
+
+    The planner sets a vocabulary for its formulas; the run takes it from its tokenizer.
+    """
+    pairs: list[tuple[str, Any, Any]] = []
+    for section in ("parallel", "training", "model"):
+        own, other = getattr(config, section), getattr(planned, section)
+        names = {
+            "parallel": [field.name for field in dataclasses.fields(own)],
+            "training": ["microbatch_size"],
+            "model": list(_RECOMPUTATION),
+        }[section]
+        pairs += [(f"--{section}.{name.replace('_', '-')}", getattr(own, name), getattr(other, name)) for name in names]
+    return [word for option, old, new in pairs if old != new for word in (option, _option_text(new))]
+
+
+def _option_text(value: Any) -> str:
+    """Return a value as the command line reads it."""
+    return "none" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
 
 
 def text_table(rows: Sequence[Sequence[str]], left: Collection[int] = ()) -> list[str]:

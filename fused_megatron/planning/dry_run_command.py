@@ -10,7 +10,14 @@ from typing import Any
 from fused_megatron.checks import check, check_one_of
 from fused_megatron.config import TrainConfig
 from fused_megatron.config.config_file import load_config
-from fused_megatron.planning.command_line import on_ranks, split_options, text_table, whole_number
+from fused_megatron.planning.command_line import (
+    on_ranks,
+    split_options,
+    text_table,
+    vocabulary_note,
+    whole_number,
+    with_vocabulary,
+)
 from fused_megatron.planning.dry_run import DryRun, RankReport
 from fused_megatron.planning.step_profile import ACTIVATIONS, KINDS
 
@@ -45,6 +52,7 @@ class DryRunOptions:
         device: device of the fake tensors.
         as_json: print JSON instead of tables.
         routes: as DryRun.
+        note: what was chosen where the config leaves it open; empty: nothing.
     """
 
     config: TrainConfig
@@ -52,6 +60,7 @@ class DryRunOptions:
     device: str
     as_json: bool
     routes: str = "balanced"
+    note: str = ""
 
 
 def run_dry_run(words: Sequence[str]) -> int:
@@ -73,6 +82,7 @@ def run_dry_run(words: Sequence[str]) -> int:
         print(json.dumps({**_summary(run, reports), "ranks": [_as_json(report) for report in reports]}, indent=2))
     else:
         print(describe(run, reports, by_layer=options.rank is not None))
+        print(f"\nChosen: {options.note}" if options.note else "", end="\n" if options.note else "")
         print(f"\n{_UNKNOWN}\n{len(reports)} ranks in {seconds:.1f} s")
     return 0
 
@@ -88,14 +98,17 @@ def parse_options(words: Sequence[str]) -> DryRunOptions:
         "dry-run needs a config file first (a starting point: examples/gpt_tiny.toml)",
     )
     found, overrides = split_options(words[1:], ("--ranks", "--rank", "--device", "--routes"), ("--json",))
-    config = load_config(Path(words[0]), overrides)
+    given = load_config(Path(words[0]), overrides)
+    config = with_vocabulary(given)
     if "--ranks" in found:
         config = on_ranks(config, whole_number("--ranks", found["--ranks"]))
     device = found.get("--device", "cpu")
     check_one_of("device", device, ("cpu", "cuda"))
     config = config.for_device(found.get("--device", "cuda"))
     rank = whole_number("--rank", found["--rank"]) if "--rank" in found else None
-    return DryRunOptions(config, rank, device, "--json" in found, found.get("--routes", "balanced"))
+    return DryRunOptions(
+        config, rank, device, "--json" in found, found.get("--routes", "balanced"), vocabulary_note(given)
+    )
 
 
 def describe(run: DryRun, reports: Sequence[RankReport], by_layer: bool = False) -> str:

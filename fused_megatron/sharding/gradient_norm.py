@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from fused_megatron import ops
+from fused_megatron.checks import check
 from fused_megatron.collectives import Group, group_rank
 from fused_megatron.collectives.together import sum_over_ranks_
 from fused_megatron.collectives.transfers import start_all_gather
@@ -45,12 +46,17 @@ def clip_grad_norm_(
         else float32.
 
     Raises:
+        InputError: model is no module, such as its parameters, which torch's function takes.
         RuntimeError: the norm is not finite, with error_if_nonfinite; the gradients are unchanged.
 
     Communication: one all-gather of one number; one more over data-parallel ranks that share rows; for experts one over
         each of their groups. With FSDP2 also the collectives of its own norms, and an all-gather of each gradient of
         which a rank counts some rows only (a projection that holds copies of key-value heads).
     """
+    check(
+        isinstance(model, nn.Module),
+        f"model={type(model).__name__} must be the module itself, not its parameters: clip_grad_norm_(model, max_norm)",
+    )
     group, shards, experts = parallel_group(model), replica_shards(model), expert_ranks(model)
     own = {} if shards is None else shards.gradients()
     if shards is None:

@@ -1,7 +1,9 @@
 """Two network namespaces joined by a cable: two machines, as far as sockets can tell. Needs root on Linux."""
 
+import contextlib
 import ctypes
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -9,13 +11,17 @@ from collections.abc import Sequence
 from types import TracebackType
 
 DEVICE = "veth0"
+_NAMES = "/run/netns"
+"""Folder in which iproute2 keeps the names."""
+_OWN_NAME = re.compile(r"fm-([0-9]+)-[01]")
 
 
 class TwoHosts:
     """A context in which both namespaces exist.
 
     Args:
-        prefix: of their names; None for one that no other process has. Leftovers of the same names are removed first.
+        prefix: of their names; None for one that no other process has. Leftovers of the same names, and
+            of processes that were killed, are removed first.
 
     Attributes:
         names, addresses: of each namespace.
@@ -28,6 +34,7 @@ class TwoHosts:
 
     def __enter__(self) -> "TwoHosts":
         self._remove()
+        _remove_leftovers()
         try:
             for name in self.names:
                 ip("netns", "add", name)
@@ -65,6 +72,15 @@ class TwoHosts:
         ip("-n", self.names[0], "link", "set", DEVICE, "down")
 
 
+def _remove_leftovers() -> None:
+    """Remove the namespaces of processes that ended without doing so."""
+    with contextlib.suppress(FileNotFoundError):  # no namespace was ever made
+        for name in os.listdir(_NAMES):
+            owner = _OWN_NAME.fullmatch(name)
+            if owner is not None and not os.path.exists(f"/proc/{owner[1]}"):
+                subprocess.run(["ip", "netns", "delete", name], capture_output=True)
+
+
 def limit_device(mbit_per_s: float | None, host: str | None = None) -> None:
     """Limit what a host sends over the cable; at most 256 KiB pass at once.
 
@@ -86,7 +102,7 @@ def enter_host(name: str) -> None:
     Raises:
         OSError: no such namespace, or no right to enter it.
     """
-    descriptor = os.open(f"/run/netns/{name}", os.O_RDONLY)
+    descriptor = os.open(f"{_NAMES}/{name}", os.O_RDONLY)
     try:
         libc = ctypes.CDLL(None, use_errno=True)
         if libc.setns(descriptor, 0) != 0:

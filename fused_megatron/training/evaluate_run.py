@@ -108,7 +108,7 @@ def evaluate_run(options: EvaluateOptions) -> Evaluation:
 
 def _config_of(run: RunFolder, checkpoint: Path | None, options: EvaluateOptions, this_rank: ThisRank) -> TrainConfig:
     """Return the config of the run with the overrides, in a layout for the ranks that are here."""
-    check(run.config.exists(), f"run={run.path} is no run folder: it has no {run.config.name}")
+    run.check_exists()
     if checkpoint is None:
         raise InputError(f"{run.checkpoints} holds no checkpoint that verifies (train first)")
     own_tokenizer = (f"--data.tokenizer-path={run.tokenizer}",) if run.tokenizer.exists() else ()

@@ -214,7 +214,7 @@ def _require(checkpoint: Path | None, run: RunFolder) -> Path:
 def _open_run(
     run: RunFolder, this_rank: ThisRank, pipeline_parallel_size: int
 ) -> tuple[TrainConfig, Tokenizer, Collection[int]]:
-    check(run.config.exists(), f"run={run.path} is no run folder: it has no {run.config.name}")
+    run.check_exists()
     check(
         run.tokenizer.exists(),
         f"run={run.path} has no {run.tokenizer.name}: it was trained on token ids, so there is no text to generate",

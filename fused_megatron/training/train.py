@@ -37,6 +37,7 @@ from fused_megatron.planning.prediction.step_time import StepPrediction
 from fused_megatron.training.device_settings import on_device
 from fused_megatron.training.loss_plot import draw_losses, plot_loss
 from fused_megatron.training.memory_check import check_memory
+from fused_megatron.training.out_of_memory import explain_shortage
 from fused_megatron.training.presence import Presence
 from fused_megatron.training.process_group import ThisRank, joined_ranks, on_every_rank, world_group
 from fused_megatron.training.progress import Reporter
@@ -94,6 +95,7 @@ def train(config: TrainConfig, run_path: Path, stop: StopRequest | None = None) 
             checkpoints can be read, or another run holds the folder.
         TrainingError: on every rank: the loss or a gradient is not finite, or weights of ranks drifted apart.
         LostRankError: on every remaining rank; it names the lost ranks.
+        MemoryShortageError: on a rank that got no memory for a tensor.
     """
     _check_trainable(config.model)
     plan = plan_pipeline(config, asynchronous=True)
@@ -105,7 +107,7 @@ def train(config: TrainConfig, run_path: Path, stop: StopRequest | None = None) 
         except TrainingError:
             raise
         except RuntimeError as error:
-            explained = presence.explain(error)
+            explained = presence.explain(explain_shortage(error))
             if explained is error:
                 raise
             raise explained from error
@@ -208,6 +210,8 @@ def _resume(trainer: Trainer, model_config: TransformerConfig) -> None:
     group = world_group()
     checkpoint = checkpoint_to_resume(trainer.run_folder.checkpoints, group=group)
     if checkpoint is not None:
+        data = trainer.data
+        on_every_rank(lambda: trainer.run_folder.check_tokenizer(data.tokenizer_path, data.description))
         state = on_every_rank(lambda: _state_of_same_run(checkpoint, model_config, trainer.config))
         # In another layout the ranks differ, so their random number generators start anew.
         same_layout = {"cp": 1, **state.get("layout", {})} == trainer.layout()

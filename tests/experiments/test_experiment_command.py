@@ -46,6 +46,7 @@ def test_a_list_needs_no_torch() -> None:
         (["run"], "run needs an id, such as 106 (all ids: fused-megatron experiment list)"),
         (["perform"], "must be one of list, show, run, all, completion"),
         (["completion", "tcsh"], "shell='tcsh' must be one of bash, zsh, fish"),
+        (["run", "101", "--output", "/proc/none"], "output=/proc/none cannot be written"),
     ],
 )
 def test_a_mistake_is_one_line(words: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:

@@ -49,7 +49,7 @@ def test_without_root_or_tools_the_rest_runs_and_one_line_says_why(
     (statement,) = result.statements
     assert statement.holds and statement.quantity == "all_reduce_tp"
     why = why_no_link()
-    assert why and result.notes[0] == f"cable_pp2, cable_tp2 and 3 statements left out here: {why}"
+    assert why and result.notes[0] == f"cable_pp2, cable_tp2 and 4 statements left out here: {why}"
 
 
 def test_every_experiment_over_a_cable_says_something_without_it() -> None:

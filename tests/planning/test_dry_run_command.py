@@ -48,6 +48,15 @@ def test_json_and_tables_say_what_was_found(config: str, capsys: pytest.CaptureF
     assert report.at is not None and f"{report.at[0]}: {report.at[1]}" in text
 
 
+def test_a_config_without_a_vocabulary_gets_its_tokenizers(config: str, capsys: pytest.CaptureFixture[str]) -> None:
+    words = [config, "--model.vocab-size", "none", "--data.tokenizer-vocab-size", "600", "--ranks", "4"]
+    assert parse_options(words).config.model.vocab_size == 600
+    assert run_dry_run(words) == 0
+    assert "Chosen: a vocabulary of 600 entries, as data.tokenizer_vocab_size" in capsys.readouterr().out
+    assert run_dry_run([config, "--ranks", "4"]) == 0
+    assert "Chosen" not in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
@@ -64,7 +73,6 @@ def test_json_and_tables_say_what_was_found(config: str, capsys: pytest.CaptureF
             marks=pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU"),
         ),
         (["CONFIG", "--ranks", "32"], "global_batch_size=8 must be divisible by"),
-        (["CONFIG", "--model.vocab-size", "None"], "model.vocab_size=None must be given"),
         (["CONFIG", "--model.vocabsize", "7"], "unknown option --model.vocabsize"),
     ],
 )

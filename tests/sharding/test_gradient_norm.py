@@ -12,6 +12,7 @@ from torch.distributed.fsdp import fully_shard
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import fused_megatron as fm
+from fused_megatron.checks import InputError
 from fused_megatron.config import BERTConfig, GPTConfig
 from fused_megatron.data_parallel.reduction import GradientBuckets
 from fused_megatron.mesh import ParallelLayout
@@ -31,6 +32,11 @@ CASES = {
     "BERT, a head without a group": (BERT, BERTConfig(**PADDED, next_sentence_head=True)),
 }
 FROZEN = ("final_norm.weight", "blocks.1.attention")
+
+
+def test_parameters_in_place_of_the_module_are_one_line():
+    with pytest.raises(InputError, match=r"model=generator must be the module itself, not its parameters"):
+        fm.clip_grad_norm_(nn.Linear(2, 2).parameters(), 1.0)
 
 
 def whole_gradient(name, shape):

@@ -5,12 +5,11 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from fused_megatron.checks import InputError, check, check_positive
 from fused_megatron.config import ParallelConfig, TrainConfig
 from fused_megatron.config.config_file import load_config
-from fused_megatron.planning.command_line import on_ranks, text_table
+from fused_megatron.planning.command_line import layout_words, on_ranks, text_table, with_vocabulary
 from fused_megatron.planning.engine_memory import device_memory
 from fused_megatron.planning.prediction.cluster import Cluster, load_cluster
 from fused_megatron.planning.search.best_layouts import find_best, limit_bytes
@@ -30,7 +29,6 @@ _SIZES = (
     "expert_parallel_size",
     "expert_tensor_parallel_size",
 )
-_RECOMPUTATION = ("recompute", "recompute_blocks")
 _REFUSED = 3
 """Reasons against layouts that an error names."""
 
@@ -168,14 +166,6 @@ def has_layout(parallel: ParallelConfig) -> bool:
     return any(getattr(parallel, name) != getattr(default, name) for name in _SIZES)
 
 
-def with_vocabulary(config: TrainConfig) -> TrainConfig:
-    """Return the config with a vocabulary, as read_workload sets it, for formulas that need its size."""
-    if config.model.vocab_size is not None:
-        return config
-    size = config.data.tokenizer_vocab_size
-    return dataclasses.replace(config, model=dataclasses.replace(config.model, vocab_size=size))
-
-
 def _kept(config: TrainConfig, num_nodes: int, cluster: Cluster) -> TrainConfig:
     """Return the config with the data-parallel size of these nodes; raise InputError if it does not fit."""
     ranks, parallel = num_nodes * cluster.gpus_per_node, config.parallel
@@ -217,25 +207,3 @@ def _searched(path: Path, overrides: Sequence[str], num_nodes: int, cluster: Clu
     best = found.plans[0]
     seconds, low, high = (best.prediction.seconds, best.prediction.low_s, best.prediction.high_s)
     return best.config, f"of the planner: {best.layout}, {seconds:.3g} s a step predicted ({low:.3g} to {high:.3g})"
-
-
-def layout_words(config: TrainConfig, planned: TrainConfig) -> list[str]:
-    """Return the options that turn a config into a plan of it: only the layout, microbatches and recomputation.
-
-    The planner sets a vocabulary for its formulas; the run takes it from its tokenizer.
-    """
-    pairs: list[tuple[str, Any, Any]] = []
-    for section in ("parallel", "training", "model"):
-        own, other = getattr(config, section), getattr(planned, section)
-        names = {
-            "parallel": [field.name for field in dataclasses.fields(own)],
-            "training": ["microbatch_size"],
-            "model": list(_RECOMPUTATION),
-        }[section]
-        pairs += [(f"--{section}.{name.replace('_', '-')}", getattr(own, name), getattr(other, name)) for name in names]
-    return [word for option, old, new in pairs if old != new for word in (option, _text(new))]
-
-
-def _text(value: Any) -> str:
-    """Return a value as the command line reads it."""
-    return "none" if value is None else str(value).lower() if isinstance(value, bool) else str(value)

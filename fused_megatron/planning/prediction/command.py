@@ -10,7 +10,14 @@ from fused_megatron.checks import check
 from fused_megatron.config import TrainConfig
 from fused_megatron.config.config_file import load_config
 from fused_megatron.planning.amounts import parse_amount, parse_price, seconds_text
-from fused_megatron.planning.command_line import on_ranks, split_options, text_table, whole_number
+from fused_megatron.planning.command_line import (
+    on_ranks,
+    split_options,
+    text_table,
+    vocabulary_note,
+    whole_number,
+    with_vocabulary,
+)
 from fused_megatron.planning.engine_memory import device_memory
 from fused_megatron.planning.prediction.cluster import Cluster, load_cluster
 from fused_megatron.planning.prediction.engine import ENGINES, OWN, engine_of
@@ -64,7 +71,8 @@ def run_predict(words: Sequence[str]) -> int:
         len(others) > 0 and not others[0].startswith("-"),
         "predict needs a config file (a starting point: examples/gpt_tiny.toml)",
     )
-    config = load_config(Path(others[0]), others[1:]).for_device(cluster.device)
+    given = load_config(Path(others[0]), others[1:])
+    config = with_vocabulary(given).for_device(cluster.device)
     if config.parallel.data_parallel_size is None or "--ranks" in found:
         least = dataclasses.replace(config.parallel, data_parallel_size=1).num_ranks
         config = on_ranks(config, whole_number("--ranks", found["--ranks"]) if "--ranks" in found else least)
@@ -75,7 +83,11 @@ def run_predict(words: Sequence[str]) -> int:
     facts = step_facts(config, cluster, prediction, engine=engine, tokens=tokens, price=price)
     if "--trace" in found:
         write_trace(prediction, Path(found["--trace"]))
-    print(json.dumps(facts, indent=2) if "--json" in found else describe(config, cluster, prediction, facts))
+    if "--json" in found:
+        print(json.dumps(facts, indent=2))
+        return 0
+    note = vocabulary_note(given)
+    print(describe(config, cluster, prediction, facts) + (f"\n\nChosen: {note}" if note else ""))
     return 0
 
 
@@ -129,7 +141,8 @@ def describe(config: TrainConfig, cluster: Cluster, prediction: StepPrediction, 
         + ", ".join(f"{name} {size:.1f}" for name, size in facts["memory_parts_gb"].items() if size >= 0.05),
     ]
     if facts["memory_gb"] > cluster.memory_gb:
-        lines.append(f"              does not fit: {facts['memory_gb'] - cluster.memory_gb:.1f} GB too much")
+        excess = facts["memory_gb"] - cluster.memory_gb
+        lines.append(f"              does not fit: {excess:.1f} GB too much (fused-megatron plan finds a layout)")
     if "days" in facts:
         lines.append(
             f"training      {facts['days']:,.2f} days" + (f", cost {facts['cost']:,.0f}" if "cost" in facts else "")

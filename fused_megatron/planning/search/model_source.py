@@ -11,6 +11,7 @@ from fused_megatron.config.config_file import load_config
 from fused_megatron.hugging_face.known_families import family_of
 from fused_megatron.hugging_face.settings import Settings
 from fused_megatron.planning.amounts import round_to_even_share
+from fused_megatron.planning.command_line import vocabulary_note, with_vocabulary
 from fused_megatron.untrusted_files import read_json
 
 CONFIG_FILE = "config.json"
@@ -119,10 +120,9 @@ def _with_batch(
 ) -> Workload:
     """Set the sequence length and the batch; own_batch has the batch of the config, or is None."""
     notes = []
-    if config.model.vocab_size is None:
-        size = config.data.tokenizer_vocab_size
-        config = dataclasses.replace(config, model=dataclasses.replace(config.model, vocab_size=size))
-        notes.append(f"a vocabulary of {size:,} entries, as data.tokenizer_vocab_size (--model.vocab-size)")
+    if note := vocabulary_note(config):
+        notes.append(note)
+        config = with_vocabulary(config)
     model, length = config.model, seq_len
     if length is None:
         length = model.seq_len

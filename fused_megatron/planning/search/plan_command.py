@@ -3,15 +3,16 @@
 import dataclasses
 import json
 import math
+import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from fused_megatron.checks import InputError, check, check_positive
 from fused_megatron.config import TrainConfig
-from fused_megatron.config.config_file import config_text
+from fused_megatron.config.config_file import config_text, load_config
 from fused_megatron.planning.amounts import parse_amount, parse_price
-from fused_megatron.planning.command_line import split_options, whole_number
+from fused_megatron.planning.command_line import layout_words, split_options, whole_number
 from fused_megatron.planning.prediction.cluster import load_cluster
 from fused_megatron.planning.search.best_layouts import Plan, find_best
 from fused_megatron.planning.search.fewest_gpus import fewest_gpus
@@ -55,12 +56,16 @@ class PlanOptions:
         write: file for the config; None: none.
         verify: whether to verify the written config.
         as_json: print JSON.
+        source: the config whose layout was searched, if options can say the plan; None: only a new file can.
+        overrides: options of the config.
     """
 
     request: Request
     write: Path | None
     verify: bool
     as_json: bool
+    source: Path | None = None
+    overrides: tuple[str, ...] = ()
 
 
 def run_plan(words: Sequence[str]) -> int:
@@ -84,7 +89,7 @@ def run_plan(words: Sequence[str]) -> int:
         return 1
     best = search.plans[0]
     config = _with_steps(best.config, request)
-    warnings, command = pitfalls(config, request.cluster), start_command(request, options.write)
+    warnings, command = pitfalls(config, request.cluster), start_command(request, _train_words(options, best.config))
     if not options.as_json:
         print(describe(search, request))
         print("".join(f"\nwarning: {warning}" for warning in warnings), end="\n" if warnings else "")
@@ -127,7 +132,26 @@ def parse_options(words: Sequence[str]) -> PlanOptions:
     workload = dataclasses.replace(workload, config=workload.config.for_device(cluster.device))
     price = parse_price(found["--price"]) if "--price" in found else None
     request = Request(workload, cluster, num_gpus, tokens, price)
-    return PlanOptions(request, write, "--no-verify" not in found, "--json" in found)
+    # The plan is this config in another layout: options say it, and no new file is needed.
+    only_layout = words[0].endswith(".toml") and not {"--seq-len", "--batch-tokens", "--tokens"} & set(found)
+    return PlanOptions(
+        request,
+        write,
+        "--no-verify" not in found,
+        "--json" in found,
+        Path(words[0]) if only_layout else None,
+        tuple(overrides),
+    )
+
+
+def _train_words(options: PlanOptions, planned: TrainConfig) -> list[str]:
+    """Return the words behind `train` that start the plan."""
+    if options.write is not None:
+        return [str(options.write)]
+    if options.source is None:
+        return ["FILE.toml"]
+    own = load_config(options.source, options.overrides)
+    return [str(options.source), *options.overrides, *layout_words(own, planned)]
 
 
 def _required(name: str, found: dict[str, str], example: str) -> str:
@@ -153,15 +177,15 @@ def _with_steps(config: TrainConfig, request: Request) -> TrainConfig:
     return dataclasses.replace(config, training=dataclasses.replace(config.training, num_steps=steps))
 
 
-def start_command(request: Request, write: Path | None) -> str:
-    """Return the command that starts the plan's ranks."""
-    node, file = request.cluster.gpus_per_node, write or f"{request.workload.name}.toml"
+def start_command(request: Request, train_words: Sequence[str]) -> str:
+    """Return the command that starts the plan's ranks; train_words stand behind `train`."""
+    node, train = request.cluster.gpus_per_node, shlex.join(train_words)
     if request.num_gpus <= node:
-        return f"torchrun --nnodes 1 --nproc-per-node {request.num_gpus} -m fused_megatron train {file}"
+        return f"torchrun --nnodes 1 --nproc-per-node {request.num_gpus} -m fused_megatron train {train}"
     nodes = request.num_gpus // node
     return (
         f"torchrun --nnodes {nodes} --nproc-per-node {node} --rdzv-backend c10d --rdzv-endpoint HOST:29500 "
-        f"-m fused_megatron train {file}"
+        f"-m fused_megatron train {train}"
     )
 
 
@@ -196,7 +220,9 @@ def _write(options: PlanOptions, config: TrainConfig, plan: Plan, command: str) 
 def _conclusion(options: PlanOptions, command: str, written: str | None) -> str:
     """Return what the user does next."""
     if written is None:
-        return f"\nstart (with --write FILE.toml its config is written and verified; not verified yet):\n  {command}"
+        return (
+            f"\nnot verified yet (plan ... --write FILE.toml writes this config and verifies it); start:\n  {command}"
+        )
     if written == "failed":
         return f"\n{options.write}: FAILED its verification: it does not compute what one process computes"
     if written == "no":

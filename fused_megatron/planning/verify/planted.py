@@ -16,9 +16,9 @@ from fused_megatron.testing.run_on_ranks import run_on_ranks
 
 
 def find_fault(name: str) -> Fault:
-    """Return the fault with this name, such as norm_gradient_not_summed; InputError lists all names."""
+    """Return the fault with this name, such as norm_gradient_not_summed; InputError names the nearest."""
     names = [word_of(each) for each in FAULTS]
-    check_one_of("plant", name.replace("-", "_"), names)
+    check_one_of("plant", name.replace("-", "_"), names, "fused-megatron verify --plant list")
     return FAULTS[names.index(name.replace("-", "_"))]
 
 

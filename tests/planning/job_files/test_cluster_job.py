@@ -7,7 +7,8 @@ import pytest
 
 from fused_megatron.checks import InputError
 from fused_megatron.config.config_file import load_config
-from fused_megatron.planning.job_files.cluster_job import ClusterJob, has_layout, layout_words, plan_job
+from fused_megatron.planning.command_line import layout_words
+from fused_megatron.planning.job_files.cluster_job import ClusterJob, has_layout, plan_job
 from fused_megatron.planning.job_files.command import run_launch
 from fused_megatron.planning.search.best_layouts import find_best
 from fused_megatron.planning.search.model_source import read_workload

@@ -69,13 +69,19 @@ def test_validation_prints_errors_and_rows(capsys):
     assert errors["fitted"]["number"] + errors["held out"]["number"] == 36
 
 
+def test_a_config_without_a_vocabulary_and_a_model_that_does_not_fit(capsys):
+    assert main(["predict", TINY, "--cluster", "a100", "--model.hidden-size", "131072"]) == 0
+    text = capsys.readouterr().out
+    assert "Chosen: a vocabulary of 8,192 entries" in text
+    assert "GB too much (fused-megatron plan finds a layout)" in text
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
         ([TINY], "predict needs --cluster"),
         (["--cluster", "a100"], "predict needs a config file"),
         ([TINY, "--cluster", "v100"], "cluster='v100' must be one of"),
-        ([TINY, "--cluster", "a100"], "model.vocab_size=None must be given"),
         ([TINY, *VOCABULARY, "--cluster", "a100", "--ranks", "0"], "ranks=0 must be 1 or more"),
         ([TINY, *VOCABULARY, "--cluster", "a100", "--ranks", "3"], "ranks=3 must be divisible"),
         ([TINY, *VOCABULARY, "--cluster", "a100", "--tokens", "100Q"], "tokens='100Q'"),

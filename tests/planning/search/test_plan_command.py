@@ -72,6 +72,22 @@ def test_a_plan_of_a_transformers_folder_starts(llama: Path, capsys: pytest.Capt
     assert max(run.rank(rank).peak_bytes for rank in run.pipeline_ranks()) < 1e9 * best["memory_gb"]
 
 
+def test_the_printed_command_has_the_planned_layout(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    tiny = str(Path(__file__).parents[3] / "examples" / "gpt_tiny.toml")
+    own = [tiny, "--training.global-batch-size", "64"]
+    code, out, _ = plan(capsys, *own, "--cluster", "h100", "--gpus", 16, "--json")
+    assert code == 0
+    document = json.loads(out)
+    train = shlex.split(document["command"].partition(" train ")[2])
+    (tmp_path / "planned.toml").write_text(document["config"])
+    started, planned = load_config(Path(train[0]), train[1:]), load_config(tmp_path / "planned.toml")
+    assert started.parallel == planned.parallel and started.parallel.num_ranks == 16
+    assert started.training.microbatch_size == planned.training.microbatch_size
+    assert train[:3] == own
+    _, out, _ = plan(capsys, *own, "--cluster", "h100", "--gpus", 8, "--batch-tokens", "32k")
+    assert "--write FILE.toml" in out and out.rstrip().endswith("train FILE.toml")  # options cannot say this batch
+
+
 def test_what_does_not_fit_names_the_nearest(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     big = {
         **LLAMA,

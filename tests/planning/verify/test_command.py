@@ -69,7 +69,7 @@ def test_a_planted_fault_is_an_exercise(config: Path, capsys: pytest.CaptureFixt
     assert run_verify(["--plant", "embedding_not_summed", str(config)]) == 1
     assert "NOT FOUND: this layout does not show it" in capsys.readouterr().out
     for words, message in (
-        (["--plant", "nothing"], "plant='nothing' must be one of: 'smoothing_by_the_local_vocabulary', "),
+        (["--plant", "nothing"], r"plant='nothing' must be one of \d+ names \(nearest: "),
         (["--plant"], "plant='' must be one of"),
         (["--plant", "bias_on_every_rank", str(config)], "plant=bias_on_every_rank is a fault of a module: leave"),
         (["--plant", "embedding_not_summed", "--all"], "--all does not go with --plant"),
