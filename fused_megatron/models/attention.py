@@ -1,6 +1,7 @@
 """Self-attention whose heads are sharded over the tensor-parallel ranks."""
 
 from functools import partial
+from typing import Any
 
 import torch
 from torch import nn
@@ -195,7 +196,7 @@ class ParallelSelfAttention(nn.Module):
 
     def _rotated_query_key_value(self, qkv: torch.Tensor, rotary: Tables | None) -> tuple[torch.Tensor, ...]:
         """Return normalised and rotated query, key and value, [S, B, heads of this rank, D]; qkv may be overwritten."""
-        heads = {
+        heads: dict[str, Any] = {
             "num_heads": self.heads_shard,
             "num_kv_heads": self.kv_heads_shard,
             "head_by_head": self.num_kv_heads == self.num_heads,

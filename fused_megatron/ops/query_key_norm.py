@@ -95,7 +95,7 @@ def query_key_norm(
     cos: torch.Tensor | None = None,
     sin: torch.Tensor | None = None,
     *,
-    eps: float,
+    eps: float | None = None,
     num_heads: int,
     num_kv_heads: int,
     head_by_head: bool = False,
@@ -114,7 +114,7 @@ def query_key_norm(
         qkv: [S, B, (N + 2 G) D], contiguous, float32, bfloat16, float16 or float64.
         q_weight, k_weight: [D], any of these dtypes.
         cos, sin: [at least S, Drot / 2] as ops.rotary_embedding (not interleaved), or None.
-        eps: added to the mean square of a head.
+        eps: added to the mean square of a head; None: as rms_norm.
         num_heads, num_kv_heads, head_by_head: as split_query_key_value.
 
     Returns:
@@ -149,6 +149,8 @@ def query_key_norm(
             assert rotated is not None
             key = rotated
         return query, key, value
+    if eps is None:
+        eps = torch.finfo(torch.float32).eps
     if is_differentiated():
         found: Heads = _QueryKeyNorm.apply(qkv, q_weight, k_weight, cos, sin, eps, form)
         return found

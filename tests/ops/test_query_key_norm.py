@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 
 from fused_megatron.checks import InputError
-from fused_megatron.ops import query_key_norm
+from fused_megatron.ops import query_key_norm, rms_norm
 from fused_megatron.ops.rotary_query_key_value import split_query_key_value
 from fused_megatron.testing.op_contract import CLAUSES, CPU_CLAUSES, Contract
 from fused_megatron.testing.op_gradients import assert_op_matches
@@ -245,3 +245,13 @@ def test_the_raw_op_refuses_other_memory():
     with pytest.raises(RuntimeError, match="dv must be like k"):
         outs = [torch.empty_like(each) for each in (query, key, value)]
         backward(query, key, value[:3], query, key, *outs, *others)
+
+
+def test_without_eps_it_adds_what_rms_norm_adds():
+    generator = torch.Generator().manual_seed(3)
+    x = 1e-4 * torch.randn(3, 2, 32, generator=generator, requires_grad=True)
+    weights = [torch.randn(8, generator=generator) for _ in range(2)]
+    query, key, _ = split_query_key_value(x, 2, 1, head_by_head=False)
+    found = query_key_norm(x, *weights, num_heads=2, num_kv_heads=1)
+    for normalised, head, weight in zip(found[:2], (query, key), weights, strict=True):
+        torch.testing.assert_close(normalised, rms_norm(head, weight))
