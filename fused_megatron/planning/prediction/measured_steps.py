@@ -4,6 +4,7 @@ import statistics
 import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -22,8 +23,21 @@ from fused_megatron.observe.core_speed import CoreSpeed
 from fused_megatron.observe.core_time import CoreTime, cores_busy_s, quiet_median_s
 from fused_megatron.planning.prediction.machine_measurements import threads_of_rank, usable_cores
 
-RankStep = tuple[float, float, float, float, float]
-"""A step on a rank: seconds, seconds without a core, seconds of a probe, own and everybody's seconds of the cores."""
+
+class RankStep(NamedTuple):
+    """A step on a rank.
+
+    Attributes:
+        seconds, wait_s: time of the step, and the part of it in which the rank wanted a core and had none.
+        probe_s: time of a probe of the core's speed beside the step.
+        own_s, all_s: seconds of the cores that the rank took in the step, and that all processes of the machine took.
+    """
+
+    seconds: float
+    wait_s: float
+    probe_s: float = 0.0
+    own_s: float = 0.0
+    all_s: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -86,8 +100,8 @@ class RealSteps:
         self._device = device
         self._step = first_step
 
-    def run(self) -> tuple[float, float]:
-        """Run a step after a barrier; return (seconds, seconds without a core) of this rank."""
+    def run(self) -> RankStep:
+        """Run a step after a barrier; return its seconds and the wait for a core on this rank."""
         self._meet()
         clock = CoreTime()
         training_step(
@@ -104,14 +118,14 @@ class RealSteps:
         if self._device.type == "cuda":
             torch.cuda.synchronize(self._device)
         self._step += 1
-        return clock.stop()
+        return RankStep(*clock.stop())
 
     def times(self, rounds: int, warm_up: int = 1) -> StepTimes:
         """Run warm-up steps and then `rounds` steps; return their times, the same on every rank."""
         for _ in range(warm_up):
             self.run()
         if self._device.type == "cuda":
-            return slowest_of_ranks([(*self.run(), 0.0, 0.0, 0.0) for _ in range(rounds)], self._group)
+            return slowest_of_ranks([self.run() for _ in range(rounds)], self._group)
         speed = CoreSpeed()
         return slowest_of_ranks([self._run_beside(speed) for _ in range(rounds)], self._group)
 
@@ -120,11 +134,11 @@ class RealSteps:
         before_s = speed.probe_s()
         self._meet()
         own_s, all_s = time.process_time(), cores_busy_s()
-        seconds, wait_s = self.run()
+        step = self.run()
         own_s = time.process_time() - own_s
         self._meet()
         all_s = cores_busy_s() - all_s
-        return seconds, wait_s, (before_s + speed.probe_s()) / 2, own_s, all_s
+        return step._replace(probe_s=(before_s + speed.probe_s()) / 2, own_s=own_s, all_s=all_s)
 
     def _meet(self) -> None:
         if self._group is not None:
