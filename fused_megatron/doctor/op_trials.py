@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -91,7 +92,7 @@ def _draw_rotary(generator: torch.Generator) -> list[torch.Tensor]:
     return [query, key, torch.randint(360, (_TOKENS, 32), generator=generator)]
 
 
-def _fused_heads(degrees: torch.Tensor, dtype: torch.dtype) -> tuple[dict[str, int], list[torch.Tensor]]:
+def _fused_heads(degrees: torch.Tensor, dtype: torch.dtype) -> tuple[dict[str, Any], list[torch.Tensor]]:
     """Return 4 query and 2 key heads as the ops take them, and tables in the dtype of other tables."""
     angles = degrees.to(torch.promote_types(dtype, torch.float32)).deg2rad()
     return {"num_heads": 4, "num_kv_heads": 2}, [angles.cos(), angles.sin()]

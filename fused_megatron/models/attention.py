@@ -1,6 +1,7 @@
 """Self-attention whose heads are sharded over the tensor-parallel ranks."""
 
 from functools import partial
+from typing import Any
 
 import torch
 from torch import nn
@@ -195,7 +196,7 @@ class ParallelSelfAttention(nn.Module):
 
     def _rotated_query_key_value(self, qkv: torch.Tensor, rotary: Tables | None) -> tuple[torch.Tensor, ...]:
         """Return normalised and rotated query, key and value, [S, B, heads of this rank, D]; qkv may be overwritten."""
-        heads = {
+        heads: dict[str, Any] = {
             "num_heads": self.heads_shard,
             "num_kv_heads": self.kv_heads_shard,
             "head_by_head": self.num_kv_heads == self.num_heads,
@@ -212,8 +213,10 @@ class ParallelSelfAttention(nn.Module):
                 key = rotated
         elif self.query_norm is not None and self.key_norm is not None:
             weights = used_by_parts((self.query_norm.weight, self.key_norm.weight), self.query_key_value.tp_group)
-            tables = () if rotary is None else rotary
-            query, key, value = ops.query_key_norm(qkv, *weights, *tables, eps=self.query_norm.eps, **heads)
+            cos, sin = rotary or (None, None)
+            eps = self.query_norm.eps
+            assert eps is not None
+            query, key, value = ops.query_key_norm(qkv, *weights, cos, sin, eps=eps, **heads)
         elif rotary is not None:
             query, key, value = rotary_query_key_value(qkv, *rotary, **heads)
         else:
