@@ -212,9 +212,13 @@ class ParallelSelfAttention(nn.Module):
                 assert rotated is not None
                 key = rotated
         elif self.query_norm is not None and self.key_norm is not None:
-            weights = used_by_parts((self.query_norm.weight, self.key_norm.weight), self.query_key_value.tp_group)
-            tables = () if rotary is None else rotary
-            query, key, value = ops.query_key_norm(qkv, *weights, *tables, eps=self.query_norm.eps, **heads)
+            q_weight, k_weight = used_by_parts(
+                (self.query_norm.weight, self.key_norm.weight), self.query_key_value.tp_group
+            )
+            cos, sin = rotary or (None, None)
+            eps = self.query_norm.eps
+            assert eps is not None
+            query, key, value = ops.query_key_norm(qkv, q_weight, k_weight, cos, sin, eps=eps, **heads)
         elif rotary is not None:
             query, key, value = rotary_query_key_value(qkv, *rotary, **heads)
         else:

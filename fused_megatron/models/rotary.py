@@ -64,10 +64,12 @@ class KeptTables:
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Return rotary_tables(..) on the device of `like`, computed only if they are not the last ones.
 
-        Under torch.compile they are part of the graph. Fake tensors are not kept, since their mode may end.
+        Under torch.compile they are part of the graph. Fake tensors are not kept, since their mode may end, nor are
+        tables of a CPU, which launches and captures nothing: there a step leaves no memory behind.
         """
         device, key = like.device, (sequence, config, like.device, dtype)
-        if torch.compiler.is_compiling() or type(like) not in (torch.Tensor, torch.nn.Parameter):
+        plain = type(like) in (torch.Tensor, torch.nn.Parameter) and device.type != "cpu"
+        if torch.compiler.is_compiling() or not plain:
             return rotary_tables(sequence, config, device=device, dtype=dtype)
         if self._tables is None or self._key != key:
             # In inference mode they would be tensors that autograd cannot save.
