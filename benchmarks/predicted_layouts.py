@@ -60,13 +60,13 @@ def _four_ranks() -> list[Case]:
     tp, cp, pp, dp = ({f"{axis}_parallel_size": 2} for axis in ("tensor", "context", "pipeline", "data"))
     return [
         Case("tp=4", 1, {"tensor_parallel_size": 4}),
-        Case("tp=4 sp m=2", 2, {"tensor_parallel_size": 4, "sequence_parallel": True}),
+        Case("tp=4 sp m=4", 4, {"tensor_parallel_size": 4, "sequence_parallel": True}),
         Case("tp=2 pp=2 m=2", 2, tp | pp),
         Case("tp=2 pp=2 m=8", 8, tp | pp),
-        Case("tp=2 dp=2", 1, tp | dp),
+        Case("tp=2 dp=2 recompute", 1, tp | dp, {"recompute": "full"}),
         Case("tp=2 sp dp=2 ZeRO-0", 1, tp | dp | {"zero_stage": 0, "sequence_parallel": True}),
         Case("tp=2 cp=2", 1, tp | cp),
-        _pipeline(4, "1f1b", 4),
+        _pipeline(4, "1f1b", 2),
         _pipeline(4, "1f1b", 8),
         _pipeline(4, "gpipe", 8),
         _pipeline(4, "zb_h1", 8),
@@ -76,7 +76,7 @@ def _four_ranks() -> list[Case]:
         Case("pp=2 cp=2 m=4", 4, pp | cp),
         Case("dp=4 ZeRO-0", 1, {"data_parallel_size": 4, "zero_stage": 0}),
         Case("dp=4 ZeRO-1 m=2", 2, {"data_parallel_size": 4}),
-        Case("dp=4 ZeRO-3", 1, {"data_parallel_size": 4, "zero_stage": 3}),
+        Case("dp=4 ZeRO-3 m=2 recompute", 2, {"data_parallel_size": 4, "zero_stage": 3}, {"recompute": "full"}),
         Case("cp=4 ring", 1, {"context_parallel_size": 4}),
         Case("dp=2 cp=2", 1, dp | cp),
     ]

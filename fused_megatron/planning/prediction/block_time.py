@@ -274,7 +274,8 @@ class StageTimes:
         if self.cluster.device == "cuda":
             return num_bytes / (1e9 * ring.gb_per_s)
         messages = 3 * (ring.size - 1)
-        return messages * ring.message_s(num_bytes / messages)
+        handled = 1e-6 * self.cluster.launch_us * self.engine.host_message_ops
+        return messages * (ring.message_s(num_bytes / messages) + handled)
 
     def _with_experts(self, forward: Work, backward: Work, has_experts: bool) -> tuple[Work, Work]:
         if not has_experts:

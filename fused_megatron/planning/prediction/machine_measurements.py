@@ -8,6 +8,7 @@ the figures of an idle one.
 
 import datetime
 import os
+import platform
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -114,6 +115,15 @@ class Measurements:
 def usable_cores() -> int:
     """Return the cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def cores_of_ranks(group: Group) -> int:
+    """Return the cores that the ranks of a group may use, all together; ranks that are pinned share none.
+
+    Communication: one gather of JSON.
+    """
+    own = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else list(range(os.cpu_count() or 1))
+    return len({(node, core) for node, cores in gather_json((platform.node(), own), group) for core in cores})
 
 
 def threads_of_rank(ranks: int) -> int:
@@ -269,7 +279,7 @@ def _shared_s(
     calls = max(1, min(_MOST_CALLS, int(_LEAST_ROUND_S / longest_s)))
     rounds = max(3, min(sizes.repeats, int(sizes.enough_s / (calls * longest_s))))
     measured = [_round(step, device, group, calls) for _ in range(rounds)]
-    return _median_of_slowest(measured, group, takes_turns=not pair_only and group_size(group) > usable_cores())
+    return _median_of_slowest(measured, group, takes_turns=not pair_only and group_size(group) > cores_of_ranks(group))
 
 
 def _round(

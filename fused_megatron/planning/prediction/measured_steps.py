@@ -21,7 +21,7 @@ from fused_megatron.kept_pages import keep_malloc_pages
 from fused_megatron.mesh import Mesh
 from fused_megatron.observe.core_speed import CoreSpeed
 from fused_megatron.observe.core_time import CoreTime, cores_busy_s, quiet_median_s
-from fused_megatron.planning.prediction.machine_measurements import threads_of_rank, usable_cores
+from fused_megatron.planning.prediction.machine_measurements import cores_of_ranks, threads_of_rank
 
 
 class RankStep(NamedTuple):
@@ -172,8 +172,8 @@ def steps_on_rank(rank: int, world_size: int, device_type: str, config: TrainCon
 
 def slowest_of_ranks(steps: list[RankStep], group: dist.ProcessGroup | None) -> StepTimes:
     """Return the times of each step over all ranks, the same on every rank."""
-    by_step = zip(*gather_json(steps, group), strict=True)
-    seconds, waits, probes = zip(*(slowest_step(ranks, usable_cores()) for ranks in by_step), strict=True)
+    cores, by_step = cores_of_ranks(group), zip(*gather_json(steps, group), strict=True)
+    seconds, waits, probes = zip(*(slowest_step(ranks, cores) for ranks in by_step), strict=True)
     return StepTimes(seconds, waits, probes if all(probes) else ())
 
 
