@@ -40,7 +40,8 @@ class PipelinePlan:
 
     def weight_versions(self) -> list[int]:
         """Return for each rank the versions of the weights that it keeps; 1 with a synchronous schedule."""
-        return peak_weight_versions(self.schedule(max(self.placement) + 1))
+        num_ranks = max(self.placement) + 1
+        return peak_weight_versions(self.schedule(num_ranks)) if self.is_asynchronous else [1] * num_ranks
 
     def schedule(self, num_microbatches: int) -> Schedule:
         """Build the schedule of one step, with compute actions only."""

@@ -213,7 +213,14 @@ class TransformerConfig:
     @property
     def expert_blocks(self) -> tuple[int, ...]:
         """Indices of the blocks with experts."""
-        return tuple(block for block in range(self.num_layers) if self.has_experts(block))
+        return tuple(self.expert_blocks_of(0, self.num_layers))
+
+    def expert_blocks_of(self, start: int, stop: int) -> range:
+        """Return the indices from start to stop of the blocks with experts."""
+        if self.num_experts is None:
+            return range(0)
+        start = max(start, self.num_dense_layers)
+        return range(start + (-start - 1) % self.moe_every, stop, self.moe_every)
 
     @property
     def has_auxiliary_loss(self) -> bool:

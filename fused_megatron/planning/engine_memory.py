@@ -7,7 +7,7 @@ rank_memory counts tensors of our own layers. Published figures are of a device:
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 
-from fused_megatron.config import TrainConfig
+from fused_megatron.config import ParallelConfig, TrainConfig
 from fused_megatron.models import StageSpan
 from fused_megatron.planning.megatron_tensors import (
     FIRST,
@@ -133,20 +133,19 @@ def _with_overheads(config: TrainConfig, cluster: Cluster | None, memory: RankMe
     moments = memory.optimizer * _MOMENT_BYTES // (12 if config.training.weight_dtype != "float32" else 8)
     overheads = {
         "context": CONTEXT_BYTES,
-        "communicators": COMMUNICATOR_BYTES * _num_communicators(config),
+        "communicators": communicator_bytes(config.parallel),
         "allocator": round(SCATTERED * (memory.optimizer + memory.activations + memory.working)) + min(logits, moments),
     }
     return DeviceMemory(parts, overheads)
 
 
-def _num_communicators(config: TrainConfig) -> int:
-    """Count the groups in which a rank sends: one for each axis, one for the norm of a model's shards, one of all."""
-    parallel = config.parallel
+def communicator_bytes(parallel: ParallelConfig) -> int:
+    """Compute the bytes of a rank's groups: one for each axis, one for the norm of a model's shards, one of all."""
     tp, pp = parallel.tensor_parallel_size, parallel.pipeline_parallel_size
     replicas = parallel.replicas(parallel.data_parallel_size or 1)
     experts = parallel.expert_parallel_size * parallel.expert_tensor_parallel_size
     axes = (tp, pp, parallel.context_parallel_size, replicas, experts, tp * pp, tp * pp * replicas)
-    return sum(size > 1 for size in axes)
+    return COMMUNICATOR_BYTES * sum(size > 1 for size in axes)
 
 
 def _head_bytes(sizes: Sizes) -> int:

@@ -106,7 +106,9 @@ def _messages_received(config: TrainConfig, span: StageSpan) -> int:
     return sum(rank != placement[span.index] for rank in neighbours)
 
 
-def attention_communication(config: TrainConfig, span: StageSpan, cp_rank: int = 0) -> dict[str, int]:
+def attention_communication(
+    config: TrainConfig, span: StageSpan, cp_rank: int = 0, *, evenly: bool = False
+) -> dict[str, int]:
     """Compute the bytes that attention sends between context-parallel ranks for one microbatch of a stage, by kind.
 
     Forward and backward together, without documents and padding. m is the number of rows of the rank, B G 2 D the
@@ -125,8 +127,9 @@ def attention_communication(config: TrainConfig, span: StageSpan, cp_rank: int =
         config: the config of the whole run.
         span: the blocks of the stage.
         cp_rank: the context-parallel rank.
+        evenly: count a causal ring as if its ranks divided the sequence evenly, to a few rows and without torch.
     """
-    if (sent := _zig_zag_communication(config, span, cp_rank)) is not None:
+    if (sent := _zig_zag_communication(config, span, cp_rank, evenly)) is not None:
         return sent
     # With torch, which the other formulas start without.
     from fused_megatron.assembly.microbatches import partition_of  # noqa: PLC0415
@@ -175,7 +178,9 @@ def attention_communication(config: TrainConfig, span: StageSpan, cp_rank: int =
     return {kind: head_bytes * number for kind, number in elements.items() if number}
 
 
-def _zig_zag_communication(config: TrainConfig, span: StageSpan, cp_rank: int) -> dict[str, int] | None:
+def _zig_zag_communication(
+    config: TrainConfig, span: StageSpan, cp_rank: int, evenly: bool
+) -> dict[str, int] | None:
     """Compute attention_communication for a causal ring whose ranks divide the sequence evenly; None for any other.
 
     Of 2 n blocks rank r has block r and block 2 n - 1 - r. Each of the n - 1 other ranks needs the first one, and the r
@@ -184,7 +189,7 @@ def _zig_zag_communication(config: TrainConfig, span: StageSpan, cp_rank: int) -
     model, parallel = config.model, config.parallel
     ranks, seq_len = parallel.context_parallel_size, model.seq_len
     is_causal = model.traits.predicts == "next_token" and model.sliding_window is None
-    even = seq_len % (2 * ranks * parallel.row_multiple) == 0
+    even = evenly or seq_len % (2 * ranks * parallel.row_multiple) == 0
     if parallel.context_parallel_method != "ring" or not is_causal or not even or ranks == 1:
         return None
     sent, needed = ranks - 1 + cp_rank, 2 * (ranks - 1) - cp_rank

@@ -82,7 +82,7 @@ class StageTimes:
         model = self.config.model
         again = span.start + model.recomputed_blocks(span.stop - span.start)
         for first, stop, recomputed in ((span.start, again, True), (again, span.stop, False)):
-            num_experts = sum(map(model.has_experts, range(first, stop))) if model.num_experts else 0
+            num_experts = len(model.expert_blocks_of(first, stop))
             for number, has_experts in ((num_experts, True), (stop - first - num_experts, False)):
                 if number:
                     yield number, self.block(has_experts, recomputed)
@@ -252,7 +252,7 @@ class StageTimes:
         if ranks == 1:
             return forward, backward
         ring = Ring(self.cluster, ranks, self.tp)
-        sent = attention_communication(self.config, StageSpan(0, 3, 0, 1))
+        sent = attention_communication(self.config, StageSpan(0, 3, 0, 1), evenly=True)
         seconds = sum(
             ring.gather_s(num_bytes) if kind != "send" else self._sent_around_s(ring, num_bytes)
             for kind, num_bytes in sent.items()

@@ -216,11 +216,15 @@ class _BestFirst:
             self._push(max(least_seconds, floor), layout, chosen)
 
     def _memory(self, layout: Layout, settings: Settings) -> tuple[TrainConfig, DeviceMemory]:
-        """Return the config of a layout, and the memory of the GPU that needs most."""
+        """Return the config of a layout, and the memory of the GPU that needs most, or of one that needs too much."""
         if (layout, settings) not in self.memories:
             config = train_config(self.base, layout, settings)
-            memory = device_memory(config, self.cluster, pp_rank=self.floors.fullest_ranks(layout, settings))
-            self.memories[layout, settings] = config, memory
+            found = []
+            for rank in self.floors.fullest_ranks(layout, settings):
+                found.append(device_memory(config, self.cluster, pp_rank=rank))
+                if found[-1].total > self.search.limit_bytes:
+                    break
+            self.memories[layout, settings] = config, max(found, key=lambda memory: memory.total)
         return self.memories[layout, settings]
 
     def _predict(self, layout: Layout, settings: Settings, least_seconds: float) -> None:

@@ -11,7 +11,7 @@ from fused_megatron.data_parallel.placement import ZERO_STAGES
 from fused_megatron.models import StageSpan, cut_stages
 from fused_megatron.pipeline.schedule.action import Kind, loop_placement, stages_of, v_placement
 from fused_megatron.pipeline.schedule.schedules import SCHEDULES, build_schedule
-from fused_megatron.planning.engine_memory import CONTEXT_BYTES
+from fused_megatron.planning.engine_memory import CONTEXT_BYTES, SCATTERED, communicator_bytes
 from fused_megatron.planning.optimizer_memory import optimizer_bytes
 from fused_megatron.planning.parameter_counts import ParameterCounts, stage_parameters, vocabulary_elements
 from fused_megatron.planning.prediction.block_time import StageTimes
@@ -308,7 +308,9 @@ class Floors:
     ) -> int:
         kept, in_backward = self._activation_bytes(layout, settings, placement, rank)
         # The most activations are held when a backward begins, which then needs its own bytes.
-        return self._held_bytes(layout, settings, placement, rank) + (num_live - 1) * kept + in_backward
+        needed = (num_live - 1) * kept + in_backward
+        fragments = int(SCATTERED * needed) if self._cluster.device == "cuda" else 0
+        return self._held_bytes(layout, settings, placement, rank) + needed + fragments
 
     def _activation_bytes(
         self, layout: Layout, settings: Settings, placement: tuple[int, ...], rank: int
@@ -346,12 +348,14 @@ class Floors:
             own = matrices + others
             held = training.element_bytes * (own if placements.weights else counts.total)
             held += 4 * (own if placements.gradients else counts.total)
-            held += optimizer_bytes(self._base.optimizer, training.weight_dtype, matrices, others)
-            self._bytes[key] = held + (CONTEXT_BYTES if self._cluster.device == "cuda" else 0)
+            optimizer = optimizer_bytes(self._base.optimizer, training.weight_dtype, matrices, others)
+            if self._cluster.device == "cuda":
+                held += CONTEXT_BYTES + communicator_bytes(self._parallel(layout, settings)) + int(SCATTERED * optimizer)
+            self._bytes[key] = held + optimizer
         return self._bytes[key]
 
     def _parallel(self, layout: Layout, settings: Settings) -> ParallelConfig:
-        """Return what the times of reduction, update and messages depend on."""
+        """Return what the times of reduction, update and messages depend on, and the communicators."""
         key = (layout, settings.zero_stage)
         if key not in self._parallels:
             self._parallels[key] = ParallelConfig(
@@ -359,6 +363,8 @@ class Floors:
                 pipeline_parallel_size=layout.pp,
                 context_parallel_size=layout.cp,
                 data_parallel_size=layout.dp,
+                expert_parallel_size=layout.ep,
+                expert_tensor_parallel_size=layout.etp,
                 zero_stage=settings.zero_stage,
             )
         return self._parallels[key]
