@@ -178,9 +178,7 @@ def attention_communication(
     return {kind: head_bytes * number for kind, number in elements.items() if number}
 
 
-def _zig_zag_communication(
-    config: TrainConfig, span: StageSpan, cp_rank: int, evenly: bool
-) -> dict[str, int] | None:
+def _zig_zag_communication(config: TrainConfig, span: StageSpan, cp_rank: int, evenly: bool) -> dict[str, int] | None:
     """Compute attention_communication for a causal ring whose ranks divide the sequence evenly; None for any other.
 
     Of 2 n blocks rank r has block r and block 2 n - 1 - r. Each of the n - 1 other ranks needs the first one, and the r

@@ -350,7 +350,8 @@ class Floors:
             held += 4 * (own if placements.gradients else counts.total)
             optimizer = optimizer_bytes(self._base.optimizer, training.weight_dtype, matrices, others)
             if self._cluster.device == "cuda":
-                held += CONTEXT_BYTES + communicator_bytes(self._parallel(layout, settings)) + int(SCATTERED * optimizer)
+                communicators = communicator_bytes(self._parallel(layout, settings))
+                held += CONTEXT_BYTES + communicators + int(SCATTERED * optimizer)
             self._bytes[key] = held + optimizer
         return self._bytes[key]
 
