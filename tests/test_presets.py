@@ -27,12 +27,12 @@ from fused_megatron.observe.model_flops import gpt_step_flops
 from fused_megatron.pipeline import simulate
 from fused_megatron.pipeline.schedule.action import SENDS, peak_live_activations, stages_of
 from fused_megatron.pipeline.schedule.lowering import lower
-from fused_megatron.planning.activation_memory import stage_activations
 from fused_megatron.planning.dry_run import DryRun, RankReport
 from fused_megatron.planning.rank_communication import message_bytes, stage_communication
 from fused_megatron.planning.rank_memory import rank_memory
 from fused_megatron.planning.recorded_step import fake_ranks
 from fused_megatron.planning.step_profile import Transfers
+from fused_megatron.planning.working_memory import stage_bytes
 
 ROOT = Path(__file__).parents[1]
 # tests/planning/test_expert_formulas.py has the presets of experts.
@@ -305,7 +305,7 @@ def test_activations_are_those_of_the_formula_and_within_the_papers_bound(worlds
         for rank in places.values():
             for index, span in rank.spans.items():
                 more = StageSpan(span.index, span.num_stages, span.start, span.stop + 1)
-                block = stage_activations(config, more) - stage_activations(config, span)
+                block = stage_bytes(config, more).kept - stage_bytes(config, span).kept
                 kept = {memory.layer: num_bytes for memory, num_bytes in rank.kept[index].items()}
                 open_sum = not (model.linear_biases or model.hidden_dropout or model.recompute == "full")
                 for layer in range(span.start, span.stop):

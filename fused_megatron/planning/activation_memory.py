@@ -1,18 +1,16 @@
 """Formulas for the memory of activations that a stage keeps for backward."""
 
-from collections import Counter
-
 from fused_megatron.config import TrainConfig
 from fused_megatron.models import StageSpan
 from fused_megatron.planning.parameter_counts import expansion_features, vocabulary_elements
 from fused_megatron.planning.rank_communication import expert_dispatch, own_tokens
 
 
-def stage_activations(config: TrainConfig, span: StageSpan) -> int:
-    """Compute the bytes that a stage keeps from forward for backward, for one microbatch.
+def kept_by_block(config: TrainConfig, recomputed: bool, has_experts: bool) -> int:
+    """Compute the bytes that a block keeps from forward for backward, for one microbatch.
 
-    With context parallelism T counts the tokens of the rank that holds most. A block with T tokens (T' = T / R under
-    sequence parallelism, else T) keeps these elements of 2 or 4 bytes:
+    With context parallelism T counts the tokens of the rank that holds most. With T tokens (T' = T / R under sequence
+    parallelism, else T) these elements of 2 or 4 bytes are kept:
 
         4 T' H                 inputs and outputs of both norms, and 4 T' bytes a norm for each statistic
         T (N + 2 G) D / R      query, key, value, rotated in place
@@ -31,23 +29,16 @@ def stage_activations(config: TrainConfig, span: StageSpan) -> int:
     Korthikanti et al. 2022 (arXiv:2205.05198) count more: 34 (or 10 + 24 / R) S B H bytes and 5 A S^2 B. Their
     attention keeps its scores, and their GELU, dropout and residual additions keep their inputs.
     """
-    model = config.model
-    _, tokens, _ = element_and_token_sizes(config)
-    blocks = span.stop - span.start
-    again = model.recomputed_blocks(blocks)
-    kinds = Counter((index < again, model.has_experts(span.start + index)) for index in range(blocks))
-    total = sum(number * kept_by_block(config, *kind) for kind, number in kinds.items())
-    if span.first:
-        total += 8 * tokens
-    return total + (loss_activations(config) if span.last else 0)
-
-
-def kept_by_block(config: TrainConfig, recomputed: bool, has_experts: bool) -> int:
-    """Compute the bytes that a block keeps for backward."""
     if recomputed and config.model.recompute == "full":
         size, _, own_tokens = element_and_token_sizes(config)
         return size * own_tokens * config.model.hidden_size + has_experts * _order_of_sent_tokens(config)
     return block_activations(config, recomputed, has_experts)
+
+
+def kept_by_ends(config: TrainConfig, span: StageSpan) -> int:
+    """Compute the bytes that the embedding, the final norm, the head and the loss of a stage keep for backward."""
+    _, tokens, _ = element_and_token_sizes(config)
+    return (8 * tokens if span.first else 0) + (loss_activations(config) if span.last else 0)
 
 
 def loss_activations(config: TrainConfig) -> int:
@@ -106,7 +97,7 @@ def _keeps_activation(config: TrainConfig) -> bool:
 def _expert_activations(config: TrainConfig) -> int:
     """Compute the bytes that a mixture of experts keeps for backward, without its input; routes are balanced.
 
-    With T tokens that this rank brings and N = K T etp rows of its experts (stage_activations states the shapes):
+    With T tokens that this rank brings and N = K T etp rows of its experts (kept_by_block states the shapes):
 
         N F' / etp              input of the activation
         N H                     rows that came from other ranks; all_gather: ep etp T H, the tokens of all ranks

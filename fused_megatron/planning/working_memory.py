@@ -1,6 +1,7 @@
 """Formulas for the most memory that the activations and temporary tensors of a stage take, for one microbatch."""
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from fused_megatron.config import TrainConfig
 from fused_megatron.models import StageSpan
@@ -11,9 +12,9 @@ from fused_megatron.planning.activation_memory import (
     deferred_mlp_elements,
     element_and_token_sizes,
     kept_by_block,
+    kept_by_ends,
     loss_activations,
     mlp_elements,
-    stage_activations,
 )
 from fused_megatron.planning.parameter_counts import expansion_features, vocabulary_elements
 from fused_megatron.planning.rank_communication import own_tokens
@@ -48,23 +49,39 @@ class StageBytes:
         return of_kind.get(kind, self.backward)
 
 
-def stage_bytes(config: TrainConfig, span: StageSpan) -> StageBytes:
-    """Compute the bytes that one microbatch of a stage needs."""
-    model = config.model
-    kept = stage_activations(config, span)
+class BlockBytes(NamedTuple):
+    """Bytes of one microbatch in a block: kept for backward, added by its backward at its peak, and deferred."""
+
+    kept: int
+    backward: int
+    deferred: int
+
+
+KnownBlocks = dict[tuple[bool, bool], BlockBytes]
+"""Bytes of the blocks of one config, by (whether it is recomputed, whether it has experts)."""
+
+
+def stage_bytes(config: TrainConfig, span: StageSpan, known: KnownBlocks | None = None) -> StageBytes:
+    """Compute the bytes that one microbatch of a stage needs.
+
+    Args:
+        config: the config of the whole run.
+        span: the blocks of the stage.
+        known: what other stages of this config have computed; this one's blocks are added.
+    """
+    model, of_kind = config.model, {} if known is None else known
     size, _, own = element_and_token_sizes(config)
     residual = size * own * model.hidden_size
     blocks = [model.has_experts(block) for block in range(span.start, span.stop)]
     again = model.recomputed_blocks(len(blocks))
     kinds = [(index < again, has_experts) for index, has_experts in enumerate(blocks)]
-    of_kind = {
-        kind: (
+    for kind in set(kinds) - of_kind.keys():
+        of_kind[kind] = BlockBytes(
             kept_by_block(config, *kind),
             block_backward(config, kind[1], kind[0] and model.recompute == "full"),
             block_deferred(config, kind[1]),
         )
-        for kind in set(kinds)
-    }
+    kept = sum(of_kind[kind].kept for kind in kinds) + kept_by_ends(config, span)
     # Before the backward of the last block, the loss's tensors and the final norm have gone.
     before = kept - (loss_activations(config) if span.last else 0)
     backward = input_grad = before + residual

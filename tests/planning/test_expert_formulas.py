@@ -13,12 +13,12 @@ from fused_megatron.checks import InputError
 from fused_megatron.config import GPTConfig, ParallelConfig, TrainConfig, TrainingConfig
 from fused_megatron.config.config_file import load_config
 from fused_megatron.models.router import ExpertRouter
-from fused_megatron.planning.activation_memory import stage_activations
 from fused_megatron.planning.dry_run import DryRun
 from fused_megatron.planning.rank_communication import expert_communication
 from fused_megatron.planning.rank_memory import rank_memory
 from fused_megatron.planning.recorded_step import record_real_step
 from fused_megatron.planning.step_profile import transfers_of
+from fused_megatron.planning.working_memory import stage_bytes
 from fused_megatron.testing import run_on_ranks
 
 PRESETS = Path(__file__).parents[2] / "benchmarks" / "presets"
@@ -64,8 +64,8 @@ def test_a_rank_keeps_and_sends_what_the_formulas_say(name: str) -> None:
     # block.
     residual = 2 * config.training.microbatch_size * config.model.seq_len * config.model.hidden_size
     formulas = {
-        "blocks.0": stage_activations(config, one) - stage_activations(config, none),
-        "blocks.1": stage_activations(config, both) - stage_activations(config, one),
+        "blocks.0": stage_bytes(config, one).kept - stage_bytes(config, none).kept,
+        "blocks.1": stage_bytes(config, both).kept - stage_bytes(config, one).kept,
     }
     for block, formula in formulas.items():
         assert any(kept[block] == pytest.approx(formula - less, rel=0.01) for less in (0, residual)), block

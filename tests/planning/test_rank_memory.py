@@ -14,9 +14,9 @@ import torch
 from fused_megatron.benchmarking.timing_devices import CpuDevice
 from fused_megatron.checks import InputError
 from fused_megatron.config import GPTConfig, ParallelConfig, TrainConfig, TrainingConfig
-from fused_megatron.planning.activation_memory import stage_activations
 from fused_megatron.planning.dry_run import DryRun
 from fused_megatron.planning.rank_memory import rank_memory
+from fused_megatron.planning.working_memory import stage_bytes
 from fused_megatron.testing import run_on_ranks
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
@@ -91,7 +91,7 @@ def test_a_block_keeps_the_bytes_of_the_formula(tp: int, form: dict[str, Any], o
     (span,) = DryRun(config).spans
     kept = {memory.layer: num_bytes for memory, num_bytes in DryRun(config).rank(0).kept[0].items()}
     one_more = dataclasses.replace(span, stop=span.stop + 1)
-    block = stage_activations(config, one_more) - stage_activations(config, span)
+    block = stage_bytes(config, one_more).kept - stage_bytes(config, span).kept
     # Without biases the norm after a block makes the stream: of the next block, or the final norm.
     tokens = config.training.microbatch_size * config.model.seq_len
     stream = 0 if config.model.linear_biases else 2 * tokens * config.model.hidden_size
@@ -107,7 +107,7 @@ def test_only_the_first_blocks_of_a_stage_are_recomputed(recompute: str) -> None
     (span,) = DryRun(some).spans
     kept = {memory.layer: num_bytes for memory, num_bytes in DryRun(some).rank(0).kept[0].items()}
     whole = {
-        form: stage_activations(dataclasses.replace(some, model=dataclasses.replace(some.model, **changes)), span)
+        form: stage_bytes(dataclasses.replace(some, model=dataclasses.replace(some.model, **changes)), span).kept
         for form, changes in {
             "none": {"recompute": "none", "recompute_blocks": None},
             "all": {"recompute_blocks": None},
@@ -115,7 +115,7 @@ def test_only_the_first_blocks_of_a_stage_are_recomputed(recompute: str) -> None
         }.items()
     }
     assert kept["blocks.0"] < kept["blocks.1"] == kept["blocks.2"] == kept["blocks.3"]
-    assert whole["none"] - stage_activations(some, span) == kept["blocks.1"] - kept["blocks.0"]
+    assert whole["none"] - stage_bytes(some, span).kept == kept["blocks.1"] - kept["blocks.0"]
     assert whole["none"] - whole["all"] == 4 * (kept["blocks.1"] - kept["blocks.0"])
     assert whole["more than all"] == whole["all"]
 
@@ -126,7 +126,7 @@ def test_context_parallel_ranks_keep_their_part() -> None:
     config = dataclasses.replace(config, model=dataclasses.replace(config.model, seq_len=129))
     dry_run = DryRun(config)
     one_more = dataclasses.replace(dry_run.spans[0], stop=dry_run.spans[0].stop + 1)
-    block = stage_activations(config, one_more) - stage_activations(config, dry_run.spans[0])
+    block = stage_bytes(config, one_more).kept - stage_bytes(config, dry_run.spans[0]).kept
     for rank, positions in enumerate((65, 64)):
         kept = {memory.layer: num_bytes for memory, num_bytes in dry_run.rank(rank).kept[0].items()}
         assert kept["blocks.1"] * 65 == block * positions

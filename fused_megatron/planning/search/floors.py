@@ -22,7 +22,7 @@ from fused_megatron.planning.prediction.shared_cores import of_one_rank
 from fused_megatron.planning.rank_communication import message_bytes
 from fused_megatron.planning.search.layouts import Layout, Settings, sequence_choices, train_config
 from fused_megatron.planning.search.pipelines import pipelines
-from fused_megatron.planning.working_memory import stage_bytes
+from fused_megatron.planning.working_memory import KnownBlocks, stage_bytes
 
 _ROUNDING = 1 - 1e-9
 """Sums in another order differ by rounding; a bound must not exceed the prediction."""
@@ -156,6 +156,7 @@ class Floors:
         self._floors: dict[Form, float] = {}
         self._bytes: dict[Form, int] = {}
         self._kept: dict[Form, tuple[int, int]] = {}
+        self._blocks: dict[Form, KnownBlocks] = {}
         self._parameters: dict[Form, ParameterCounts] = {}
         self._of_rank: dict[Form, ParameterCounts] = {}
         self._parallels: dict[tuple[Layout, int], ParallelConfig] = {}
@@ -324,7 +325,7 @@ class Floors:
             for index in set(cut.of_rank[rank]):
                 form = (of_all, cut.forms[index])
                 if form not in self._kept:
-                    needed = stage_bytes(config, cut.spans[index])
+                    needed = stage_bytes(config, cut.spans[index], self._blocks.setdefault(of_all, {}))
                     self._kept[form] = needed.kept, needed.backward
                 found.append(self._kept[form])
             self._kept[key] = min(kept for kept, _ in found), min(most for _, most in found)
