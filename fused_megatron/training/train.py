@@ -210,9 +210,7 @@ def _resume(trainer: Trainer, model_config: TransformerConfig) -> None:
     group = world_group()
     checkpoint = checkpoint_to_resume(trainer.run_folder.checkpoints, group=group)
     if checkpoint is not None:
-        data = trainer.data
-        on_every_rank(lambda: trainer.run_folder.check_tokenizer(data.tokenizer_path, data.description))
-        state = on_every_rank(lambda: _state_of_same_run(checkpoint, model_config, trainer.config))
+        state = on_every_rank(lambda: _state_of_same_run(checkpoint, model_config, trainer))
         # In another layout the ranks differ, so their random number generators start anew.
         same_layout = {"cp": 1, **state.get("layout", {})} == trainer.layout()
         rank_tensors = trainer.rank_tensors() if same_layout else None
@@ -288,8 +286,8 @@ def _begin_records(trainer: Trainer) -> None:
     trainer.run_folder.listeners += open_trackers(trackers, trainer.run_folder.path, dataclasses.asdict(trainer.config))
 
 
-def _state_of_same_run(checkpoint: Path, model_config: TransformerConfig, config: TrainConfig) -> dict[str, Any]:
-    """Read the run state of a checkpoint; raise InputError unless model and optimizer have the same tensors."""
+def _state_of_same_run(checkpoint: Path, model_config: TransformerConfig, trainer: Trainer) -> dict[str, Any]:
+    """Read the run state of a checkpoint; raise InputError unless model, tokenizer and optimizer are the same."""
     state = read_run_state(checkpoint)
     # A field that is missing in the checkpoint had its default value when it was written.
     known = dataclasses.asdict(type(model_config)()) | {"family": "gpt"}
@@ -298,14 +296,18 @@ def _state_of_same_run(checkpoint: Path, model_config: TransformerConfig, config
     free = FREE_FIELDS | ({"seq_len"} if model_config.position == "rotary" else set())
     if model_config.router_bias_rate is not None:
         free = free | {"router_bias_rate"}  # a run without a bias would lose the checkpoint's
-    for name, value in dataclasses.asdict(model_config).items():
-        if name not in free and saved.get(name) != value:
-            raise InputError(
-                f"{checkpoint} is of another model: {name}={saved.get(name)} there, {name}={value} here "
-                f"(choose another training.run_folder, or set model.{name}={saved.get(name)})"
-            )
+    here = dataclasses.asdict(model_config)
+    others = [name for name, value in here.items() if name not in free and saved.get(name) != value]
+    if others in ([], ["vocab_size"]):  # another size of the vocabulary comes from another tokenizer
+        trainer.run_folder.check_tokenizer(trainer.data.tokenizer_path, trainer.data.description)
+    if others:
+        name = others[0]
+        raise InputError(
+            f"{checkpoint} is of another model: {name}={saved.get(name)} there, {name}={here[name]} here "
+            f"(choose another training.run_folder, or set model.{name}={saved.get(name)})"
+        )
     if not state.get("weights_only", False):
-        check_same_state(checkpoint, state["config"], config)
+        check_same_state(checkpoint, state["config"], trainer.config)
     return state
 
 
