@@ -141,8 +141,8 @@ def query_key_norm(
     _check(qkv, (q_weight, k_weight), cos, sin, num_heads + 2 * num_kv_heads)
     form = (num_heads, num_kv_heads, head_by_head)
     dtypes = {qkv.dtype, q_weight.dtype, k_weight.dtype, qkv.dtype if cos is None else cos.dtype}
-    query, key, value = _split(qkv, form)
     if torch.float64 in dtypes or q_weight.numel() > LARGEST_HEAD:
+        query, key, value = _split(qkv, form)
         query, key = rms_norm(query, q_weight, eps), rms_norm(key, k_weight, eps)
         if cos is not None and sin is not None:
             query, rotated = rotary_embedding(query, key, cos, sin)
@@ -154,6 +154,7 @@ def query_key_norm(
     if is_differentiated():
         found: Heads = _QueryKeyNorm.apply(qkv, q_weight, k_weight, cos, sin, eps, form)
         return found
+    query, key, value = _split(qkv, form)
     _normalise_out(query, key, query, key, q_weight, k_weight, cos, sin, eps)
     return query, key, value
 
@@ -168,7 +169,8 @@ def _check(
     check_dtype("qkv", qkv, FLOAT_DTYPES)
     if qkv.dim() != 3 or qkv.shape[2] % heads or not qkv.shape[2]:
         raise InputError(f"qkv.shape={tuple(qkv.shape)} must be [S, B, a multiple of {heads} heads]")
-    check(qkv.is_contiguous(), f"qkv.stride()={qkv.stride()} must be contiguous")
+    if not qkv.is_contiguous():
+        raise InputError(f"qkv.stride()={qkv.stride()} must be contiguous")
     head_dim = qkv.shape[2] // heads
     for name, weight in zip(("q_weight", "k_weight"), weights, strict=True):
         check_shape(name, weight, (head_dim,))

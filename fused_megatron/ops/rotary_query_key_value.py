@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch.autograd.function import once_differentiable
 
-from fused_megatron.checks import check
+from fused_megatron.checks import InputError, check
 from fused_megatron.ops.autograd_function import AutogradFunction, is_differentiated
 from fused_megatron.ops.registration import define_op
 from fused_megatron.ops.rotary_embedding import rotary_embedding
@@ -36,10 +36,8 @@ def split_query_key_value(qkv: torch.Tensor, num_heads: int, num_kv_heads: int, 
             first, then all keys, then all values.
     """
     features, total = qkv.shape[-1], num_heads + 2 * num_kv_heads
-    check(
-        features % total == 0,
-        f"qkv.shape={tuple(qkv.shape)} must end in a multiple of num_heads + 2 num_kv_heads = {total}",
-    )
+    if features % total:
+        raise InputError(f"qkv.shape={tuple(qkv.shape)} must end in a multiple of num_heads + 2 num_kv_heads = {total}")
     if head_by_head:
         check(num_heads == num_kv_heads, f"num_kv_heads={num_kv_heads} must equal num_heads={num_heads}, head by head")
         query, key, value = qkv.unflatten(-1, (num_heads, 3, features // total)).unbind(-2)
