@@ -3,6 +3,8 @@
 import dataclasses
 import os
 import time
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -210,7 +212,9 @@ def _resume(trainer: Trainer, model_config: TransformerConfig) -> None:
     group = world_group()
     checkpoint = checkpoint_to_resume(trainer.run_folder.checkpoints, group=group)
     if checkpoint is not None:
-        state = on_every_rank(lambda: _state_of_same_run(checkpoint, model_config, trainer))
+        data = trainer.data
+        check_tokenizer = partial(trainer.run_folder.check_tokenizer, data.tokenizer_path, data.description)
+        state = on_every_rank(lambda: _state_of_same_run(checkpoint, model_config, trainer.config, check_tokenizer))
         # In another layout the ranks differ, so their random number generators start anew.
         same_layout = {"cp": 1, **state.get("layout", {})} == trainer.layout()
         rank_tensors = trainer.rank_tensors() if same_layout else None
@@ -286,8 +290,13 @@ def _begin_records(trainer: Trainer) -> None:
     trainer.run_folder.listeners += open_trackers(trackers, trainer.run_folder.path, dataclasses.asdict(trainer.config))
 
 
-def _state_of_same_run(checkpoint: Path, model_config: TransformerConfig, trainer: Trainer) -> dict[str, Any]:
-    """Read the run state of a checkpoint; raise InputError unless model, tokenizer and optimizer are the same."""
+def _state_of_same_run(
+    checkpoint: Path, model_config: TransformerConfig, config: TrainConfig, check_tokenizer: Callable[[], None]
+) -> dict[str, Any]:
+    """Read the run state of a checkpoint; raise InputError unless model and optimizer have the same tensors.
+
+    check_tokenizer raises InputError for text of another tokenizer. A model of another kind is named before that.
+    """
     state = read_run_state(checkpoint)
     # A field that is missing in the checkpoint had its default value when it was written.
     known = dataclasses.asdict(type(model_config)()) | {"family": "gpt"}
@@ -299,7 +308,7 @@ def _state_of_same_run(checkpoint: Path, model_config: TransformerConfig, traine
     here = dataclasses.asdict(model_config)
     others = [name for name, value in here.items() if name not in free and saved.get(name) != value]
     if others in ([], ["vocab_size"]):  # another size of the vocabulary comes from another tokenizer
-        trainer.run_folder.check_tokenizer(trainer.data.tokenizer_path, trainer.data.description)
+        check_tokenizer()
     if others:
         name = others[0]
         raise InputError(
@@ -307,7 +316,7 @@ def _state_of_same_run(checkpoint: Path, model_config: TransformerConfig, traine
             f"(choose another training.run_folder, or set model.{name}={saved.get(name)})"
         )
     if not state.get("weights_only", False):
-        check_same_state(checkpoint, state["config"], trainer.config)
+        check_same_state(checkpoint, state["config"], config)
     return state
 
 

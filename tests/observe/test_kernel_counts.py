@@ -132,6 +132,6 @@ def test_every_op_has_a_kind():
     names = {
         schema.name.partition("::")[2]
         for schema in torch._C._jit_get_all_schemas()
-        if schema.name.startswith("fused_megatron::")
+        if schema.name.startswith("fused_megatron::") and not schema.name.endswith("_in_a_test")
     }
     assert names and [name for name in names if kernel_counts.kind_of(name) == kernel_counts.OTHER] == []

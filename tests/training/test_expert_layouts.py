@@ -136,8 +136,8 @@ def test_a_run_may_change_its_losses_but_not_drop_the_biases_of_its_routers(runs
     checkpoint = run / "checkpoints" / f"step-{runs.num_steps:06d}"
     changed = {"balance_loss": 0.5, "balance_loss_over": "step", "router_bias_rate": 0.0, "capacity_factor": None}
     config = runs.config(run, **{**FORMS["gpt"], **changed, "vocab_size": 300})
-    training._state_of_same_run(checkpoint, config.model, config)
+    training._state_of_same_run(checkpoint, config.model, config, lambda: None)
     for name, value in (("router_bias_rate", None), ("experts_per_token", 1), ("num_dense_layers", 1)):
         model = dataclasses.replace(config.model, **{name: value})
         with pytest.raises(InputError, match=f"is of another model: {name}="):
-            training._state_of_same_run(checkpoint, model, config)
+            training._state_of_same_run(checkpoint, model, config, lambda: None)

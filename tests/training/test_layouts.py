@@ -350,9 +350,11 @@ def test_checkpoint_from_before_a_setting_existed(
     monkeypatch.setattr(training, "read_run_state", lambda checkpoint: state)
     config = config_for(text, text)
     model = dataclasses.replace(config.model, vocab_size=300)
-    training._state_of_same_run(text, dataclasses.replace(model, recompute="full", hidden_dropout=0.5), config)
+    training._state_of_same_run(
+        text, dataclasses.replace(model, recompute="full", hidden_dropout=0.5), config, lambda: None
+    )
     with pytest.raises(InputError, match="activation=gelu there, activation=swiglu here"):
-        training._state_of_same_run(text, dataclasses.replace(model, activation="swiglu"), config)
+        training._state_of_same_run(text, dataclasses.replace(model, activation="swiglu"), config, lambda: None)
 
 
 def test_ranks_of_different_configs(text: Path, tmp_path: Path) -> None:
