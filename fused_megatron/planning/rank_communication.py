@@ -127,7 +127,8 @@ def attention_communication(
         config: the config of the whole run.
         span: the blocks of the stage.
         cp_rank: the context-parallel rank.
-        evenly: count a causal ring as if its ranks divided the sequence evenly, to a few rows and without torch.
+        evenly: count a causal ring as if its ranks divided the sequence evenly, without torch. It differs by a few
+            rows, and the ranks may have their numbers of bytes in another order.
     """
     if (sent := _zig_zag_communication(config, span, cp_rank, evenly)) is not None:
         return sent

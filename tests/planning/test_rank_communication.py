@@ -108,3 +108,18 @@ def test_messages_of_a_pipeline(scatters: bool, seq_len: int, context: int) -> N
             assert sent == stage_communication(config, spans[index]), index
         # Four stages: two messages a microbatch in both directions, and two that stay on a rank.
         assert rank.transfers["send", "pp"] == (8, 8 * message_bytes(config))
+
+
+@pytest.mark.parametrize("ranks", [3, 6])
+def test_an_even_count_of_a_ring_is_near_the_exact_one(ranks: int) -> None:
+    """A prediction takes it, since the exact count of an uneven division needs torch."""
+    model = GPTConfig(num_layers=2, hidden_size=32, num_heads=8, seq_len=1000, vocab_size=101)
+    parallel = ParallelConfig(data_parallel_size=1, context_parallel_size=ranks, context_parallel_method="ring")
+    config = TrainConfig(model, parallel, training=TrainingConfig(global_batch_size=1, microbatch_size=1))
+    (span,) = stage_spans(config, plan_pipeline(config))
+    exact, evenly = (
+        sorted(attention_communication(config, span, rank, evenly=even)["send"] for rank in range(ranks))
+        for even in (False, True)
+    )
+    assert evenly != exact
+    assert evenly == pytest.approx(exact, rel=0.02)
