@@ -159,14 +159,21 @@ def _unknown(what: str, name: str, known: Mapping[str, Argument]) -> str:
 
 
 def _nearest(name: str, known: Mapping[str, Argument], prefix: str = "") -> str:
-    """Return a hint at the known key that was most likely meant: its name after the section is nearly the same."""
+    """Return a hint at the known key that was most likely meant.
+
+    Its name after the section is nearly the same, or has all words of the given name, in the same section: steps for
+    num_steps.
+    """
 
     def likeness(key: str) -> tuple[float, ...]:
-        pairs = (key.rpartition(".")[2], name.rpartition(".")[2]), (key, name)
-        return tuple(difflib.SequenceMatcher(None, *pair).ratio() for pair in pairs)
+        (section, _, word), (given_section, _, given) = key.rpartition("."), name.rpartition(".")
+        has_words = section == given_section and {*given.split("_")} <= {*word.split("_")}
+        pairs = (word, given), (key, name)
+        return has_words, *(difflib.SequenceMatcher(None, *pair).ratio() for pair in pairs)
 
     nearest = max(known, key=likeness)
-    if likeness(nearest)[0] >= _NEAR:
+    has_words, ratio, _ = likeness(nearest)
+    if has_words or ratio >= _NEAR:
         return f" (did you mean {known[nearest].option if prefix else nearest}?)"
     section = name.partition(".")[0]
     if section in _CHOICES:

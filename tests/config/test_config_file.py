@@ -58,6 +58,21 @@ def test_an_unknown_key_of_a_file_or_option_is_refused(tmp_path, arguments):
         load_config(path, arguments)
 
 
+@pytest.mark.parametrize(
+    ("key", "meant"),
+    [
+        ("training.steps", "training.num_steps"),  # optimizer.eps has more of its letters
+        ("model.heads", "model.num_heads"),
+        ("training.batch_size", "training.global_batch_size"),
+        ("optimizer.warmup", "optimizer.warmup_steps"),
+    ],
+)
+def test_a_key_that_lacks_a_word_of_the_name_gets_the_whole_name(tmp_path, key, meant):
+    section, name = key.split(".")
+    with pytest.raises(InputError, match=rf"unknown key {key} \(did you mean {meant}\?\)"):
+        loaded(tmp_path, f"[{section}]\n{name} = 3\n")
+
+
 def test_sizes_beyond_any_machine_are_refused_at_once(tmp_path):
     """The first filled the memory while the pipeline was cut; the second was no time of the system."""
     for text, message in {
