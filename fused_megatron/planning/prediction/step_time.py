@@ -30,6 +30,7 @@ PARTS = (
     "pipeline bubble",
     "data parallel",
     "optimizer",
+    "fixed per step",
 )
 """Parts of a step, in the order of reports."""
 
@@ -135,7 +136,8 @@ class _Step:
             "expert parallel": work.expert_parallel,
             "pipeline bubble": 0.0,
             "data parallel": work.data_parallel + max(ends) - played.makespan,
-            "optimizer": update + fixed,
+            "optimizer": update,
+            "fixed per step": fixed,
         }
         parts["pipeline bubble"] = max(0.0, total - sum(parts.values()))
         outside = outside_of_fit(self.config, self.cluster, self.name)
