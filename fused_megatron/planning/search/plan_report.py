@@ -81,7 +81,8 @@ def why_not(search: Search) -> list[str]:
         shared = f"tp x pp = {ranks}" + (f", ep x etp = {of_expert}" if of_expert > 1 else "")
         lines.append(f"  {shared}: needs at least {least / 1e9:,.0f} GB of {limit:,.0f} GB, with any settings")
     if len(classes) > _MOST_CLASSES:
-        lines.append(f"  and {len(classes) - _MOST_CLASSES} such classes that need more")
+        more = len(classes) - _MOST_CLASSES
+        lines.append(f"  and {more} more {'class that needs' if more == 1 else 'classes that need'} at least as much")
     if search.num_too_large:
         lines.append(f"  too little memory in all: {search.num_too_large:,} layouts")
     if search.num_slower:
