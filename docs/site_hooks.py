@@ -2,7 +2,7 @@
 
 mkdocs calls the functions on_*. A block that opens with ```run has a command in each line; on the site the output of
 today follows each command. A command that fails, fails the build; with "! " before it, the exit code must be 1.
-"| head -N" shows the first N lines.
+"| head -N" shows the first N lines. The marks of other blocks ("```sh slow") are for tests/test_commands_of_pages.py.
 """
 
 import ast
@@ -24,6 +24,7 @@ ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "fused_megatron"
 ERRORS = "errors.md"
 _RUN = re.compile(r"^```run\n(.*?)^```$", flags=re.MULTILINE | re.DOTALL)
+_MARK = re.compile(r"^```(sh|python) .+$", flags=re.MULTILINE)
 _PAGE = re.compile(r"`docs/([\w/]+\.md)`(?!\])")
 
 
@@ -48,7 +49,7 @@ def named_in(nav: Any) -> list[str]:
 
 
 def on_page_markdown(markdown: str, page: Any, config: Any, files: Any) -> str:
-    """Run the commands of a page, and turn the names of pages into links."""
+    """Run the commands of a page, remove the marks of blocks, and turn the names of pages into links."""
     known = {file.src_uri for file in files}
     here = posixpath.dirname(page.file.src_uri)
 
@@ -56,7 +57,7 @@ def on_page_markdown(markdown: str, page: Any, config: Any, files: Any) -> str:
         name = match[1]
         return f"[{match[0]}]({posixpath.relpath(name, here or '.')})" if name in known else match[0]
 
-    return _PAGE.sub(link, with_outputs(markdown))
+    return _PAGE.sub(link, with_outputs(_MARK.sub(r"```\1", markdown)))
 
 
 def with_outputs(markdown: str) -> str:

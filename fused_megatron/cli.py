@@ -14,10 +14,13 @@ import sys
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import TextIO, TypeVar
+from typing import TYPE_CHECKING, TextIO, TypeVar
 
 from fused_megatron.checks import InputError, SharedError, SharedInputError
 from fused_megatron.training.error_line import end_now, print_error, prints_for_host
+
+if TYPE_CHECKING:
+    from fused_megatron.config import TrainConfig
 
 USAGE = """usage: fused-megatron COMMAND ...
 
@@ -148,7 +151,7 @@ def _train(argv: Sequence[str]) -> int:
         print(f"fused-megatron {_version()}: train {' '.join(argv[:1])}; loading PyTorch ...", flush=True)
     from fused_megatron.checkpoint import list_checkpoints  # noqa: PLC0415
     from fused_megatron.checkpoint.run_folder import RunFolder  # noqa: PLC0415
-    from fused_megatron.config.config_file import load_config, print_help, with_run_folder  # noqa: PLC0415
+    from fused_megatron.config.config_file import print_help  # noqa: PLC0415
     from fused_megatron.training.presence import LostRankError, lost_contact, reason_of  # noqa: PLC0415
     from fused_megatron.training.train import train  # noqa: PLC0415
     from fused_megatron.training.trainer import TrainingError  # noqa: PLC0415
@@ -157,10 +160,7 @@ def _train(argv: Sequence[str]) -> int:
         print_help("fused-megatron train CONFIG.toml", argv)
         return 0
     with _shared_errors():
-        if not argv or argv[0].startswith("-"):
-            raise InputError("train needs a config file first (to write one: fused-megatron init my.toml)")
-        words = [re.sub("^--profile(?==|$)", "--training.profile-steps", word) for word in argv[1:]]
-        config = with_run_folder(load_config(Path(argv[0]), words), Path(argv[0]))
+        config = parse_train(argv)
     run = RunFolder(Path(config.training.run_folder or ""))
     try:
         finished = train(config, run.path, stop)
@@ -177,6 +177,20 @@ def _train(argv: Sequence[str]) -> int:
         end_now(f"{found}; newest checkpoint: {newest}; the same command resumes from the newest good one")
     stop.end(ignore=not finished)  # a late signal must not make a run fail that has saved everything
     return 0 if finished else stop.exit_code
+
+
+def parse_train(argv: Sequence[str]) -> "TrainConfig":
+    """Return the config of the arguments of `train`.
+
+    Raises:
+        InputError: no config, or a key that does not fit.
+    """
+    from fused_megatron.config.config_file import load_config, with_run_folder  # noqa: PLC0415
+
+    if not argv or argv[0].startswith("-"):
+        raise InputError("train needs a config file first (to write one: fused-megatron init my.toml)")
+    words = [re.sub("^--profile(?==|$)", "--training.profile-steps", word) for word in argv[1:]]
+    return with_run_folder(load_config(Path(argv[0]), words), Path(argv[0]))
 
 
 def _evaluate(argv: Sequence[str]) -> int:

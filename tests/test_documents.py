@@ -33,7 +33,7 @@ DOTTED = re.compile(r"(\w+)((?:\.\w+)+)")
 
 def without_examples(text: str) -> str:
     """Remove the Python programs of a document: they may use any names."""
-    return re.sub(r"```python\n.*?```", "", text, flags=re.DOTALL)
+    return re.sub(r"```python[^\n]*\n.*?```", "", text, flags=re.DOTALL)
 
 
 def exists(name: str) -> bool:

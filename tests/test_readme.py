@@ -46,7 +46,7 @@ def without_last_digit(line: str) -> str:
 
 
 def test_examples_print_what_the_page_shows(tmp_path: Path) -> None:
-    examples = re.findall(r"```python\n(.*?)```\n\n((?:    [^\n]*\n)+)", TEXT, re.DOTALL)
+    examples = re.findall(r"```python run\n(.*?)```\n\n((?:    [^\n]*\n)+)", TEXT, re.DOTALL)
     assert len(examples) == 2
     for code, block in examples:
         printed = "".join(run_example(code, tmp_path)).splitlines()
@@ -66,9 +66,3 @@ def test_op_speeds_are_the_results_file(capsys: pytest.CaptureFixture[str]) -> N
     page = (ROOT / "docs" / "results.md").read_text(encoding="utf-8").split("\n## Ops\n")[1]
     rows = [line for line in page.splitlines() if line.startswith("| ")]
     assert len(rows) > 20 and [row for row in rows if row not in measured] == []
-
-
-def test_commands_of_make_exist() -> None:
-    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
-    for target in re.findall(r"^ +make (\w+)", TEXT, re.MULTILINE):
-        assert re.search(rf"^{target}:", makefile, re.MULTILINE), target

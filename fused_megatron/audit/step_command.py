@@ -34,13 +34,11 @@ def run_step_audit(words: Sequence[str]) -> int:
     if any(word in ("-h", "--help") for word in words):
         print(USAGE)
         return 0
-    options, overrides = split_options(words, ("--step", "--write"), ())
-    path = Path(options["--step"])
-    text = report(load_config(path, overrides))
-    if "--write" not in options:
+    path, config, page = parse_options(words)
+    text = report(config)
+    if page is None:
         print_report(text)
         return 0
-    page = Path(options["--write"])
     begin, end = marks(path.stem)
     old = page.read_text(encoding="utf-8") if page.exists() else ""
     check(begin in old and end in old, f"{page} must have the lines {begin.strip()} and {end}")
@@ -48,6 +46,13 @@ def run_step_audit(words: Sequence[str]) -> int:
     page.write_text(f"{before}{begin}{text}{end}{behind}", encoding="utf-8")
     print(f"{page}: {path.stem}")
     return 0
+
+
+def parse_options(words: Sequence[str]) -> tuple[Path, TrainConfig, Path | None]:
+    """Return the file of the config, the config, and the page that is written; None: the table is printed."""
+    options, overrides = split_options(words, ("--step", "--write"), ())
+    path = Path(options["--step"])
+    return path, load_config(path, overrides), Path(options["--write"]) if "--write" in options else None
 
 
 def marks(name: str) -> tuple[str, str]:

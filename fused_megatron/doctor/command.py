@@ -32,7 +32,7 @@ def run_doctor(arguments: Sequence[str]) -> int:
     if any(argument in ("-h", "--help") for argument in arguments):
         print(USAGE)
         return 0
-    options = _parse(arguments)
+    options = parse_options(arguments)
     facts = gather_facts(options.datasets, options.config)
     findings = diagnose(facts)
     if options.as_json:
@@ -43,7 +43,7 @@ def run_doctor(arguments: Sequence[str]) -> int:
 
 
 @dataclass
-class _Options:
+class DoctorOptions:
     """Parsed arguments: whether to print JSON, prefixes of datasets, and the config of --config."""
 
     as_json: bool = False
@@ -51,8 +51,9 @@ class _Options:
     config: str | None = None
 
 
-def _parse(arguments: Sequence[str]) -> _Options:
-    options = _Options()
+def parse_options(arguments: Sequence[str]) -> DoctorOptions:
+    """Parse the arguments of `fused-megatron doctor`; raise InputError if one is unknown."""
+    options = DoctorOptions()
     rest = list(arguments)
     while rest:
         argument = rest.pop(0)

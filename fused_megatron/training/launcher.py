@@ -39,12 +39,16 @@ def launch(arguments: Sequence[str]) -> int:
     if any(argument in ("-h", "--help") for argument in arguments[:1]):
         print(USAGE)
         return 0
-    num_ranks, command = _parse(list(arguments))
+    num_ranks, command = parse_arguments(list(arguments))
     return run_ranks(num_ranks, [sys.executable, "-m", "fused_megatron", *command])
 
 
-def _parse(arguments: list[str]) -> tuple[int, list[str]]:
-    """Return the number of ranks, and the command with its arguments."""
+def parse_arguments(arguments: list[str]) -> tuple[int, list[str]]:
+    """Return the number of ranks, and the command with its arguments.
+
+    Raises:
+        InputError: the arguments have another form.
+    """
     option, _, value = (arguments or [""])[0].partition("=")
     rest = arguments[1:]
     if option.replace("_", "-") != "--nproc-per-node":

@@ -8,7 +8,7 @@ import pytest
 from fused_megatron.checks import InputError
 from fused_megatron.data.indexed_dataset import IndexedDatasetWriter
 from fused_megatron.data.token_digest import digest_path
-from fused_megatron.doctor.command import _parse
+from fused_megatron.doctor.command import parse_options
 from fused_megatron.doctor.diagnosis import BROKEN, NOTE, diagnose
 from fused_megatron.doctor.facts import Facts, Installation, Library, Machine, Network, TokenFile, Tools, Torch
 from fused_megatron.doctor.output_formats import plain
@@ -81,8 +81,8 @@ def test_without_checksums_and_without_data(tmp_path: Path, cache: Path) -> None
 
 
 def test_arguments() -> None:
-    options = _parse(["--data", "a", "--json", "--config", "c.toml", "--data", "b"])
+    options = parse_options(["--data", "a", "--json", "--config", "c.toml", "--data", "b"])
     assert (options.as_json, options.datasets, options.config) == (True, ["a", "b"], "c.toml")
     for arguments in (["--data"], ["--help-me"], ["--json", "x"]):
         with pytest.raises(InputError, match="fused-megatron doctor: "):
-            _parse(arguments)
+            parse_options(arguments)

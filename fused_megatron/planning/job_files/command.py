@@ -2,6 +2,7 @@
 
 import shlex
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from fused_megatron.checks import check, check_one_of
@@ -46,6 +47,29 @@ _OWN = {
 }
 
 
+@dataclass(frozen=True)
+class LaunchOptions:
+    """Parsed arguments of the command.
+
+    Attributes:
+        config: the file of the config.
+        overrides: options that change its keys.
+        num_nodes: nodes of the job.
+        gpus_per_node: ranks of a node; None: all its GPUs.
+        cluster: name or file of the cluster; None: of the config.
+        search: let the planner choose the layout.
+        scheduler: options of the scheduler, whose class says which one it is.
+    """
+
+    config: Path
+    overrides: tuple[str, ...]
+    num_nodes: int
+    gpus_per_node: int | None
+    cluster: str | None
+    search: bool
+    scheduler: SlurmOptions | KubernetesOptions
+
+
 def run_launch(words: Sequence[str]) -> int:
     """Print the file of `SCHEDULER CONFIG ...`, and return the exit code.
 
@@ -55,6 +79,30 @@ def run_launch(words: Sequence[str]) -> int:
     if any(word in ("-h", "--help") for word in words):
         print(USAGE)
         return 0
+    options = parse_options(words)
+    job = plan_job(
+        options.config,
+        options.overrides,
+        num_nodes=options.num_nodes,
+        gpus_per_node=options.gpus_per_node,
+        cluster_name=options.cluster,
+        search=options.search,
+    )
+    command = f"fused-megatron launch {' '.join(map(shlex.quote, words))}".replace("\n", " ")  # a comment of one line
+    if isinstance(options.scheduler, SlurmOptions):
+        text = slurm_file(job, options.scheduler, command)
+    else:
+        text = kubernetes_file(job, options.scheduler, command)
+    print(text, end="")
+    return 0
+
+
+def parse_options(words: Sequence[str]) -> LaunchOptions:
+    """Parse the arguments of `fused-megatron launch SCHEDULER`; the config is not read.
+
+    Raises:
+        InputError: an option lacks its value or does not fit.
+    """
     scheduler, *rest = words
     check_one_of("launch", scheduler, SCHEDULERS)
     found, others = split_options(rest, (*_SHARED, *_OWN[scheduler]), ("--search",))
@@ -65,25 +113,15 @@ def run_launch(words: Sequence[str]) -> int:
     check("--nodes" in found, f"launch {scheduler} needs --nodes, the number of nodes, such as --nodes 8")
     own = {_key(name): found[name] for name in _OWN[scheduler] if name in found}
     per_node = found.get("--gpus-per-node")
-    # The options first: they are checked at once, the search of a layout takes seconds.
-    slurm = _slurm_options(own) if scheduler == "slurm" else None
-    kubernetes = KubernetesOptions(**own) if scheduler == "kubernetes" else None
-    job = plan_job(
+    return LaunchOptions(
         Path(others[0]),
-        others[1:],
-        num_nodes=whole_number("nodes", found["--nodes"]),
-        gpus_per_node=None if per_node is None else whole_number("gpus_per_node", per_node),
-        cluster_name=found.get("--cluster"),
-        search="--search" in found,
+        tuple(others[1:]),
+        whole_number("nodes", found["--nodes"]),
+        None if per_node is None else whole_number("gpus_per_node", per_node),
+        found.get("--cluster"),
+        "--search" in found,
+        _slurm_options(own) if scheduler == "slurm" else KubernetesOptions(**own),
     )
-    command = f"fused-megatron launch {' '.join(map(shlex.quote, words))}".replace("\n", " ")  # a comment of one line
-    if slurm is not None:
-        text = slurm_file(job, slurm, command)
-    else:
-        assert kubernetes is not None
-        text = kubernetes_file(job, kubernetes, command)
-    print(text, end="")
-    return 0
 
 
 def _key(option: str) -> str:

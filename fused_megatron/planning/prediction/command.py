@@ -3,6 +3,7 @@
 import dataclasses
 import json
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +50,35 @@ docs/planner.md explains the model of the time and its errors. All keys of a con
 _WITH_VALUE = ("--cluster", "--ranks", "--tokens", "--price", "--engine", "--trace", "--validate")
 
 
+@dataclass(frozen=True)
+class PredictOptions:
+    """Parsed arguments of the command.
+
+    Attributes:
+        cluster: the machine.
+        given: the config as the user gave it; None: the runs of a file are predicted.
+        runs: the file of runs; None: the config is predicted.
+        num_ranks: ranks of the config; None: as few as its other axes need, unless it gives all of its sizes.
+        engine: key of ENGINES; None: this package, or the engine of each run.
+        tokens: of the whole training; None: no days.
+        price: of a GPU hour; None: no cost.
+        trace: file for the timeline; None: none.
+        rows: print each run.
+        as_json: print JSON.
+    """
+
+    cluster: Cluster
+    given: TrainConfig | None
+    runs: Path | None
+    num_ranks: int | None
+    engine: str | None
+    tokens: int | None
+    price: float | None
+    trace: Path | None
+    rows: bool
+    as_json: bool
+
+
 def run_predict(words: Sequence[str]) -> int:
     """Print the prediction, or the errors against a file of runs, and return the exit code.
 
@@ -58,6 +88,34 @@ def run_predict(words: Sequence[str]) -> int:
     if any(word in ("-h", "--help") for word in words):
         print(USAGE)
         return 0
+    options = parse_options(words)
+    cluster, given = options.cluster, options.given
+    if given is None:
+        _validate(options)
+        return 0
+    config = with_vocabulary(given).for_device(cluster.device)
+    if config.parallel.data_parallel_size is None or options.num_ranks is not None:
+        least = dataclasses.replace(config.parallel, data_parallel_size=1).num_ranks
+        config = on_ranks(config, least if options.num_ranks is None else options.num_ranks)
+    engine = options.engine or OWN
+    prediction = predict_step(config, cluster, engine=engine)
+    facts = step_facts(config, cluster, prediction, engine=engine, tokens=options.tokens, price=options.price)
+    if options.trace is not None:
+        write_trace(prediction, options.trace)
+    if options.as_json:
+        print(json.dumps(facts, indent=2))
+        return 0
+    note = vocabulary_note(given)
+    print(describe(config, cluster, prediction, facts) + (f"\n\nChosen: {note}" if note else ""))
+    return 0
+
+
+def parse_options(words: Sequence[str]) -> PredictOptions:
+    """Parse the arguments of `fused-megatron predict`.
+
+    Raises:
+        InputError: no cluster or config, an option without its value, numbers that do not fit.
+    """
     found, others = split_options(words, _WITH_VALUE, ("--json", "--rows"))
     check("--cluster" in found, "predict needs --cluster: a100-80gb, h100-80gb, h200, b200, or a file of calibrate")
     cluster = load_cluster(found["--cluster"])
@@ -65,30 +123,23 @@ def run_predict(words: Sequence[str]) -> int:
         engine_of(found["--engine"])
     if "--validate" in found:
         check(not others, f"{' '.join(others)!r:.60} does not go with --validate, which reads its runs from the file")
-        _validate(Path(found["--validate"]), cluster, found)
-        return 0
-    check(
-        len(others) > 0 and not others[0].startswith("-"),
-        "predict needs a config file (a starting point: examples/gpt_tiny.toml)",
+    else:
+        check(
+            len(others) > 0 and not others[0].startswith("-"),
+            "predict needs a config file (a starting point: examples/gpt_tiny.toml)",
+        )
+    return PredictOptions(
+        cluster,
+        None if "--validate" in found else load_config(Path(others[0]), others[1:]),
+        Path(found["--validate"]) if "--validate" in found else None,
+        whole_number("--ranks", found["--ranks"]) if "--ranks" in found else None,
+        found.get("--engine"),
+        parse_amount("tokens", found["--tokens"]) if "--tokens" in found else None,
+        parse_price(found["--price"]) if "--price" in found else None,
+        Path(found["--trace"]) if "--trace" in found else None,
+        "--rows" in found,
+        "--json" in found,
     )
-    given = load_config(Path(others[0]), others[1:])
-    config = with_vocabulary(given).for_device(cluster.device)
-    if config.parallel.data_parallel_size is None or "--ranks" in found:
-        least = dataclasses.replace(config.parallel, data_parallel_size=1).num_ranks
-        config = on_ranks(config, whole_number("--ranks", found["--ranks"]) if "--ranks" in found else least)
-    engine = found.get("--engine", OWN)
-    prediction = predict_step(config, cluster, engine=engine)
-    tokens = parse_amount("tokens", found["--tokens"]) if "--tokens" in found else None
-    price = parse_price(found["--price"]) if "--price" in found else None
-    facts = step_facts(config, cluster, prediction, engine=engine, tokens=tokens, price=price)
-    if "--trace" in found:
-        write_trace(prediction, Path(found["--trace"]))
-    if "--json" in found:
-        print(json.dumps(facts, indent=2))
-        return 0
-    note = vocabulary_note(given)
-    print(describe(config, cluster, prediction, facts) + (f"\n\nChosen: {note}" if note else ""))
-    return 0
 
 
 def step_facts(
@@ -160,11 +211,13 @@ def describe(config: TrainConfig, cluster: Cluster, prediction: StepPrediction, 
     return "\n".join(lines)
 
 
-def _validate(path: Path, cluster: Cluster, found: dict[str, str]) -> None:
-    compared = compare(read_runs(path), cluster, found.get("--engine"))
+def _validate(options: PredictOptions) -> None:
+    path, cluster = options.runs, options.cluster
+    assert path is not None
+    compared = compare(read_runs(path), cluster, options.engine)
     groups = by_fit(compared)
     choices = regrets(compared)
-    if "--json" in found:
+    if options.as_json:
         print(json.dumps(_errors_json(compared, groups, choices), indent=2))
         return
     print(f"{path.name} on {cluster.name}: predicted / measured - 1, in percent")
@@ -175,7 +228,7 @@ def _validate(path: Path, cluster: Cluster, found: dict[str, str]) -> None:
             f"\nThe layout predicted to be fastest, over the fastest measured one, in {len(choices)} workloads: "
             f"mean {mean:+.1%}, 95 % of them {p95:+.1%}, worst {max(choices):+.1%}"
         )
-    if "--rows" in found:
+    if options.rows:
         rows = [["row", "measured", "predicted", "error", "rows"]]
         for row in compared:
             times = (seconds_text(row.run.seconds), seconds_text(row.prediction.seconds))

@@ -1,9 +1,11 @@
 """The command `fused-megatron verify`: its arguments, the printed result, the exit code."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from fused_megatron.checks import InputError
+from fused_megatron.config import TrainConfig
 from fused_megatron.config.config_file import load_config, print_help
 from fused_megatron.planning.verify.config_check import (
     RunLayout,
@@ -32,6 +34,23 @@ Keys of the config:
 """
 
 
+@dataclass(frozen=True)
+class VerifyOptions:
+    """Parsed arguments of the command.
+
+    Attributes:
+        config: the config whose layout is verified; None: of a run that shows the planted fault, or none for a list.
+        path: its file, as given.
+        flags: the options without a value.
+        plant: name of a fault, or "list"; None: nothing is planted.
+    """
+
+    config: TrainConfig | None
+    path: str | None
+    flags: frozenset[str]
+    plant: str | None
+
+
 def run_verify(words: Sequence[str], run: RunLayout = run_layout_on_ranks) -> int:
     """Verify a config and print the result; return 0 if the layout is right, otherwise 1.
 
@@ -47,29 +66,43 @@ def run_verify(words: Sequence[str], run: RunLayout = run_layout_on_ranks) -> in
         print_help("fused-megatron verify CONFIG.toml", [word for word in words if word.startswith("--model.family")])
         return 0
     check_starts_own_ranks("verify")
-    flags, plant, rest = _flags(words)
-    if plant is not None:
-        return _run_planted(plant, rest, flags)
-    if not rest or rest[0].startswith("-"):
-        raise InputError("verify needs a config file first (a starting point: examples/gpt_tiny_3d.toml)")
-    config = load_config(Path(rest[0]), rest[1:])
-    result = verify_config(config, rest[0], all_pairs="--all" in flags, own_dtype="--dtype" in flags, run=run)
-    print(result.as_json() if "--json" in flags else result.table())
+    options = parse_options(words)
+    if options.plant is not None:
+        return _run_planted(options.plant, options)
+    assert options.config is not None and options.path is not None
+    result = verify_config(
+        options.config, options.path, all_pairs="--all" in options.flags, own_dtype="--dtype" in options.flags, run=run
+    )
+    print(result.as_json() if "--json" in options.flags else result.table())
     return 0 if result.ok else 1
 
 
-def _run_planted(name: str, rest: Sequence[str], flags: set[str]) -> int:
+def parse_options(words: Sequence[str]) -> VerifyOptions:
+    """Parse the arguments of `fused-megatron verify`.
+
+    Raises:
+        InputError: unknown arguments or an unknown fault, no readable config.
+    """
+    flags, plant, rest = _flags(words)
+    if plant is None and (not rest or rest[0].startswith("-")):
+        raise InputError("verify needs a config file first (a starting point: examples/gpt_tiny_3d.toml)")
+    if plant not in (None, "list"):
+        find_fault(plant)
+        if wrong := sorted(flags - {"--json"}):
+            raise InputError(f"{wrong[0]} does not go with --plant, which makes one run in float32")
+    config = load_config(Path(rest[0]), rest[1:]) if rest and plant != "list" else None
+    return VerifyOptions(config, rest[0] if rest else None, frozenset(flags), plant)
+
+
+def _run_planted(name: str, options: VerifyOptions) -> int:
     """Print the faults, or the verification of a layout with a fault; return 0 if the report names it."""
     if name == "list":
         print(list_of_faults())
         return 0
     planted = find_fault(name)
-    if wrong := sorted(flags - {"--json"}):
-        raise InputError(f"{wrong[0]} does not go with --plant, which makes one run in float32")
-    config = load_config(Path(rest[0]), rest[1:]) if rest else None
-    result = verify_planted(planted, config, *rest[:1])
+    result = verify_planted(planted, options.config, *([] if options.path is None else [options.path]))
     text, named = conclusion(planted, result)
-    print(result.as_json() if "--json" in flags else f"{result.table()}\n\n{text}")
+    print(result.as_json() if "--json" in options.flags else f"{result.table()}\n\n{text}")
     return 0 if named else 1
 
 
