@@ -12,6 +12,7 @@ import re
 import shlex
 import subprocess
 import sys
+import textwrap
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
@@ -23,6 +24,8 @@ from mkdocs.structure.files import File
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "fused_megatron"
 ERRORS = "errors.md"
+# Characters of a line of an output. A table is no wider: the commands are told this width.
+WIDTH = 110
 _RUN = re.compile(r"^```run\n(.*?)^```$", flags=re.MULTILINE | re.DOTALL)
 _MARK = re.compile(r"^```(sh|python) .+$", flags=re.MULTILINE)
 _PAGE = re.compile(r"`docs/([\w/]+\.md)`(?!\])")
@@ -64,11 +67,35 @@ def with_outputs(markdown: str) -> str:
     """Return a page with the output below each command of its run blocks."""
 
     def run(match: re.Match[str]) -> str:
-        lines = match[1].strip().splitlines()
-        shown = "\n".join(f"$ {line.removeprefix('! ')}\n{output_of(line)}" for line in lines)
-        return f"```console\n{shown}\n```"
+        shown = "```console\n"
+        for line in match[1].strip().splitlines():
+            output = output_of(line)
+            shown += f"{_command(line.removeprefix('! '))}\n"
+            # A report is Markdown, and its tables become tables of the page.
+            shown += f"```\n\n{output}\n\n```console\n" if "\n| ---" in output else f"{output}\n"
+        return f"{shown}```".replace("\n\n```console\n```", "")
 
     return _RUN.sub(run, markdown)
+
+
+def _command(line: str) -> str:
+    """Return a command as a shell shows it, with new lines before options where it is wider than the page."""
+    rows = ["$"]
+    for words in re.split(r" (?=--)", line):
+        if len(rows[-1]) + len(words) > WIDTH:
+            rows[-1] += " \\"
+            rows.append("   ")
+        rows[-1] += " " + words
+    return "\n".join(rows)
+
+
+def _wrapped(line: str) -> str:
+    """Return a line of an output, with new lines where it is wider than the page, indented to its second column."""
+    if line.startswith("|"):
+        return line
+    start = re.match(r" *\S+ {2,}| *", line)
+    indent = " " * (start.end() if start and start.end() else 2)
+    return "\n".join(textwrap.wrap(line, WIDTH, subsequent_indent=indent, break_on_hyphens=False)) or line
 
 
 def lines_of(markdown: str) -> list[str]:
@@ -86,14 +113,14 @@ def output_of(line: str) -> str:
     match = re.fullmatch(r"(! )?fused-megatron ([^|]*)(?:\| head -(\d+))?", line)
     if match is None:
         raise RuntimeError(f"a run block has only lines such as `fused-megatron plan ... | head -9`, not {line!r}")
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "COLUMNS": "110", "NO_COLOR": "1", "OMP_NUM_THREADS": "1"}
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "COLUMNS": str(WIDTH), "NO_COLOR": "1", "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-m", "fused_megatron", *shlex.split(match[2])]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     if done.returncode != (1 if match[1] else 0):
         raise RuntimeError(f"{line}: exit code {done.returncode}: {done.stderr.strip() or done.stdout.strip()}")
     lines = done.stdout.rstrip().splitlines()
     most = int(match[3] or len(lines))
-    return "\n".join(lines if len(lines) <= most else [*lines[:most], "..."])
+    return "\n".join([_wrapped(each) for each in lines[:most]] + ["..."] * (len(lines) > most))
 
 
 def error_page() -> str:

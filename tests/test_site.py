@@ -10,6 +10,10 @@ from types import ModuleType
 import pytest
 import yaml
 
+from fused_megatron.benchmarking.report.experiment_results import read_experiment
+from fused_megatron.experiments.catalogue import find_experiments
+from fused_megatron.experiments.run_experiment import formula_names
+from fused_megatron.experiments.trend_checks import judge
 from fused_megatron.planning.verify.planted import word_of
 from fused_megatron.testing.planted_faults import FAULTS
 
@@ -39,10 +43,37 @@ def test_a_concept_has_all_sections_and_its_faults_exist() -> None:
     known = {word_of(fault) for fault in FAULTS}
     named = set()
     for name, text in concepts.items():
-        assert [each for each in SECTIONS if f"\n**{each}.**" not in text] == [], name
-        wrong = text.split("**What goes wrong.**")[1]
+        assert re.findall(r"^## (.*)$", text, flags=re.MULTILINE) == [*SECTIONS], name
+        wrong = text.split("## What goes wrong")[1]
         named |= {word for word in re.findall(r"(\w+)`", wrong) if len(word.split("_")) > 2 and word.islower()}
     assert len(named & known) >= 15 and named - known <= {"expert_load_max_over_mean"}
+
+
+def test_a_concept_shows_a_stored_run_of_its_experiment() -> None:
+    shown = set()
+    for name, text in PAGES.items():
+        ran, stored = re.findall(r"`fused-megatron experiment run (\d+)`", text), re.findall(r"experiment_(\d+)", text)
+        if name.startswith("concepts/") and name != "concepts/checkpoints.md":
+            assert len(ran) == 1 and ran == stored, name
+            shown |= {*ran}
+    assert len(shown) >= 8
+
+
+def test_stored_experiments_hold_in_the_catalogue_of_today() -> None:
+    """Formulas of today, with the figures of the stored runs."""
+    stored = sorted((DOCS / "results").glob("experiment_*.json"))
+    assert len(stored) >= 3
+    for path in stored:
+        result = read_experiment(path)
+        assert result is not None and path.name == f"experiment_{result.id}.json"
+        (experiment,) = find_experiments([str(result.id)])
+        assert (result.title, result.why) == (experiment.entry.title, experiment.entry.why), path.name
+        figures = {run.case: run.figures for run in result.runs}
+        assert [*figures] == [*experiment.entry.cases], path.name
+        sizes = {name: formula_names(experiment.config(name), experiment.cases[name]) for name in figures}
+        again = [judge(statement, sizes, figures) for statement in experiment.entry.statements]
+        assert [each.text for each in again if not each.holds] == [], path.name
+        assert [each.text for each in again] == [each.text for each in result.statements], path.name
 
 
 def test_outputs_stand_below_their_commands(hooks: ModuleType) -> None:

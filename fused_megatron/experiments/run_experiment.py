@@ -40,7 +40,7 @@ def run_experiment(experiment: Experiment, say: Callable[[str], None] = lambda l
     left_out, why = _left_out(experiment)
     configs = {name: config for name, config in configs.items() if name not in left_out}
     measured = _measure(experiment, configs, say)
-    sizes = {name: _names(config, experiment.cases[name]) for name, config in configs.items()}
+    sizes = {name: formula_names(config, experiment.cases[name]) for name, config in configs.items()}
     statements = [
         judge(statement, sizes, measured)
         for statement in entry.statements
@@ -101,7 +101,7 @@ def _measure(
     return {name: found[name] for name in configs}
 
 
-def _names(config: TrainConfig, case: Case) -> dict[str, float]:
+def formula_names(config: TrainConfig, case: Case) -> dict[str, float]:
     """Return the names of formulas: the sizes of a run, its steps, and the planner's figures of the fullest rank."""
     return sizes_of_run(config) | {"steps": case.steps or 1} | ({} if case.sleeps else planned_figures(config))
 

@@ -70,7 +70,7 @@ def _verdict(statement: CheckedStatement) -> str:
 
 
 def _settings(result: ExperimentResult) -> str:
-    return ", ".join(f"{name} {value}" for name, value in result.settings.items()) or result.date
+    return ", ".join([*(f"{name} {value}" for name, value in result.settings.items()), result.date])
 
 
 def _runs(runs: Sequence[MeasuredRun]) -> list[str]:
