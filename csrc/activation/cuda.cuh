@@ -42,8 +42,8 @@ std::tuple<Tensor, Tensor> activation_backward(const Tensor& dy, const Tensor& x
   if (a.width == 0 || (!t.need_dbias && (!t.need_dx || a.count == 0))) return {t.dx, t.dbias};
   a.dy = t.dy.const_data_ptr();
   a.dx = t.need_dx ? t.dx.mutable_data_ptr() : nullptr;
-  a.parts = activation_parts<kGated>(a, t.need_dbias, multiprocessors());
-  const int64_t partial_sizes[] = {t.need_dbias ? a.parts * kHalves<kGated> * a.width : 0};
+  a.shares = activation_shares<kGated>(a, t.need_dbias, multiprocessors());
+  const int64_t partial_sizes[] = {t.need_dbias ? a.shares.blocks * kHalves<kGated> * a.width : 0};
   const Tensor partials = empty(partial_sizes, ScalarType::Float, t.x);
   a.partials = t.need_dbias ? static_cast<float*>(partials.mutable_data_ptr()) : nullptr;
   a.dbias = mutable_parameter(t.dbias, t.need_dbias);

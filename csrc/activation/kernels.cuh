@@ -1,11 +1,11 @@
 // CUDA kernels of bias_gelu, bias_swiglu and bias_geglu and their launches, on plain pointers, without torch.
 #pragma once
 
-#include <algorithm>
 #include <cstdint>
 
 #include "activation/functions.h"
 #include "cuda/column_sums.cuh"
+#include "cuda/row_grid.cuh"
 #include "cuda/vector_access.cuh"
 
 namespace fm {
@@ -26,11 +26,11 @@ struct ActivationArguments {
   const void* x;
   ConstParameter bias;
   int64_t count, width;
-  void* y;          // forward
-  const void* dy;   // backward, from here on
-  void* dx;         // null: not wanted
-  float* partials;  // [parts, width of x]; null: not wanted
-  int64_t parts;
+  RowShares shares;  // of blockIdx.y
+  void* y;           // forward
+  const void* dy;    // backward, from here on
+  void* dx;          // null: not wanted
+  float* partials;   // [shares.blocks, width of x]; null: not wanted
   MutableParameter dbias;
 };
 
@@ -64,17 +64,17 @@ struct ActivationTiles {
     blocks_x = static_cast<unsigned>((accesses + threads_x - 1) / threads_x);
   }
 
-  // Blocks along the rows. Each costs `extra` bytes a column (the bias read, partial sums written and read). So the
-  // grid has one wave of blocks if rows are few. It has four waves, which balance better, if they cost at most 1% of
-  // `bytes` a row and column.
-  int64_t blocks_y(int64_t slots, int64_t rows_in_flight, int64_t bytes, int64_t extra) const {
-    const int64_t rows_per_block = threads_y * rows_in_flight;
-    const int64_t useful = (rows + rows_per_block - 1) / rows_per_block;
-    const int64_t wave = std::max<int64_t>(1, slots / blocks_x), four = std::max<int64_t>(1, 4 * slots / blocks_x);
-    const int64_t wanted = 100 * four * extra <= rows * bytes ? four : wave;
-    return std::clamp<int64_t>(std::min(wanted, useful), 1, 65535);
+  // A block costs `extra` bytes a column: the bias read, partial sums written and read.
+  RowShares shares(int64_t slots, int64_t rows_in_flight, int64_t bytes, int64_t extra) const {
+    return RowGrid{rows, threads_y, rows_in_flight, blocks_x, slots, bytes, extra}.shares();
   }
 };
+
+// The end of this block's elements; the last row may be short.
+FM_DEVICE int64_t end_of_rows(const ActivationArguments& a) {
+  const int64_t end = a.shares.end(blockIdx.y) * a.width;
+  return end < a.count ? end : a.count;
+}
 
 // The bias of this thread's columns, read from memory once a block.
 template <int kCount, int kParts>
@@ -111,14 +111,15 @@ __global__ void __launch_bounds__(kActivationThreads, ForwardPlan<kGated>::kBloc
   if (!active) return;
   const T* x = static_cast<const T*>(a.x);
   T* y = static_cast<T*>(a.y);
-  const int64_t row_step = static_cast<int64_t>(gridDim.y) * blockDim.y * a.width;
-  int64_t index = (static_cast<int64_t>(blockIdx.y) * blockDim.y + threadIdx.y) * a.width + column;
+  const int64_t row_step = static_cast<int64_t>(blockDim.y) * a.width;
+  const int64_t end = end_of_rows(a);
+  int64_t index = (a.shares.begin(blockIdx.y) + threadIdx.y) * a.width + column;
   int64_t x_index = kParts * (index - column) + column;
-  for (; index < a.count; index += kRows * row_step, x_index += kParts * kRows * row_step) {
+  for (; index < end; index += kRows * row_step, x_index += kParts * kRows * row_step) {
     typename A::Raw raw[kRows][kParts];
 #pragma unroll
     for (int i = 0; i < kRows; ++i) {
-      if (index + i * row_step >= a.count) continue;
+      if (index + i * row_step >= end) continue;
 #pragma unroll
       for (int half = 0; half < kParts; ++half) {
         raw[i][half] = A::load(x + x_index + kParts * i * row_step + half * a.width);
@@ -126,7 +127,7 @@ __global__ void __launch_bounds__(kActivationThreads, ForwardPlan<kGated>::kBloc
     }
 #pragma unroll
     for (int i = 0; i < kRows; ++i) {
-      if (index + i * row_step >= a.count) continue;
+      if (index + i * row_step >= end) continue;
       float values[kParts][A::kCount];
 #pragma unroll
       for (int half = 0; half < kParts; ++half) A::unpack(raw[i][half], values[half]);
@@ -177,15 +178,16 @@ __global__ void __launch_bounds__(kActivationThreads, BackwardPlan<kGated>::kBlo
   const T* x = static_cast<const T*>(a.x);
   const T* dy = static_cast<const T*>(a.dy);
   T* dx = static_cast<T*>(a.dx);
-  const int64_t row_step = static_cast<int64_t>(gridDim.y) * blockDim.y * a.width;
-  int64_t index = (static_cast<int64_t>(blockIdx.y) * blockDim.y + threadIdx.y) * a.width + column;
+  const int64_t row_step = static_cast<int64_t>(blockDim.y) * a.width;
+  const int64_t end = end_of_rows(a);
+  int64_t index = (a.shares.begin(blockIdx.y) + threadIdx.y) * a.width + column;
   int64_t x_index = kParts * (index - column) + column;
-  if (!active) index = a.count;  // go on to the barrier below
-  for (; index < a.count; index += kRows * row_step, x_index += kParts * kRows * row_step) {
+  if (!active) index = end;  // go on to the barrier below
+  for (; index < end; index += kRows * row_step, x_index += kParts * kRows * row_step) {
     typename A::Raw raw[kRows][kParts + 1];
 #pragma unroll
     for (int i = 0; i < kRows; ++i) {
-      if (index + i * row_step >= a.count) continue;
+      if (index + i * row_step >= end) continue;
 #pragma unroll
       for (int half = 0; half < kParts; ++half) {
         raw[i][half] = A::load(x + x_index + kParts * i * row_step + half * a.width);
@@ -194,7 +196,7 @@ __global__ void __launch_bounds__(kActivationThreads, BackwardPlan<kGated>::kBlo
     }
 #pragma unroll
     for (int i = 0; i < kRows; ++i) {
-      if (index + i * row_step >= a.count) continue;
+      if (index + i * row_step >= end) continue;
       activation_gradient<A, Activation, kParts>(
           raw[i], bias, sums, dx == nullptr ? dx : dx + x_index + kParts * i * row_step, a.width);
     }
@@ -239,39 +241,39 @@ void for_activation_kernel(const ActivationArguments& a, const F& f) {
 }
 
 template <typename Activation, bool kGated>
-void launch_activation_forward(const ActivationArguments& a, int multiprocessors, cudaStream_t stream) {
+void launch_activation_forward(ActivationArguments a, int multiprocessors, cudaStream_t stream) {
   using Plan = ForwardPlan<kGated>;
   for_activation_kernel(a, [&]<typename T, typename Wide>(T, Wide, const ActivationTiles& tiles) {
     const int64_t bytes = Plan::kStreams * sizeof(T), extra = a.bias.data == nullptr ? 0 : 4 * (kGated ? 2 : 1);
-    const int64_t blocks_y = tiles.blocks_y(multiprocessors * Plan::kBlocks, Plan::kRows, bytes, extra);
+    a.shares = tiles.shares(multiprocessors * Plan::kBlocks, Plan::kRows, bytes, extra);
     auto* kernel = activation_forward_kernel<T, Wide::value, Activation, kGated>;
-    FM_LAUNCH(kernel, dim3(tiles.blocks_x, static_cast<unsigned>(blocks_y)), dim3(tiles.threads_x, tiles.threads_y),
-              stream, a);
+    FM_LAUNCH(kernel, dim3(tiles.blocks_x, static_cast<unsigned>(a.shares.blocks)),
+              dim3(tiles.threads_x, tiles.threads_y), stream, a);
   });
 }
 
-// Number of rows of partial sums in the backward: the number of blocks along the rows.
+// The rows of each block in the backward; there are as many rows of partial sums as blocks.
 template <bool kGated>
-int64_t activation_parts(const ActivationArguments& a, bool need_dbias, int multiprocessors) {
+RowShares activation_shares(const ActivationArguments& a, bool need_dbias, int multiprocessors) {
   using Plan = BackwardPlan<kGated>;
-  int64_t parts = 1;
+  RowShares shares{};
   for_activation_kernel(a, [&]<typename T, typename Wide>(T, Wide, const ActivationTiles& tiles) {
     const int64_t bytes = Plan::kStreams * sizeof(T), extra = (need_dbias ? 12 : 4) * (kGated ? 2 : 1);
-    parts = tiles.blocks_y(multiprocessors * Plan::kBlocks, Plan::kRows, bytes, extra);
+    shares = tiles.shares(multiprocessors * Plan::kBlocks, Plan::kRows, bytes, extra);
   });
-  return parts;
+  return shares;
 }
 
 template <typename Activation, bool kGated>
 void launch_activation_backward(const ActivationArguments& a, cudaStream_t stream) {
   for_activation_kernel(a, [&]<typename T, typename Wide>(T, Wide, const ActivationTiles& tiles) {
     auto* kernel = activation_backward_kernel<T, Wide::value, Activation, kGated>;
-    FM_LAUNCH(kernel, dim3(tiles.blocks_x, static_cast<unsigned>(a.parts)), dim3(tiles.threads_x, tiles.threads_y),
-              stream, a);
+    FM_LAUNCH(kernel, dim3(tiles.blocks_x, static_cast<unsigned>(a.shares.blocks)),
+              dim3(tiles.threads_x, tiles.threads_y), stream, a);
   });
   if (a.partials == nullptr) return;
   const int64_t width = (kGated ? 2 : 1) * a.width;
-  launch_finish_column_sums({a.partials, a.parts, width, width, {a.dbias, {nullptr, a.dtype}}}, stream);
+  launch_finish_column_sums({a.partials, a.shares.blocks, width, width, {a.dbias, {nullptr, a.dtype}}}, stream);
 }
 
 }  // namespace fm

@@ -1,11 +1,11 @@
 // CUDA kernels of bias_dropout_add, on plain pointers, without torch.
 #pragma once
 
-#include <algorithm>
 #include <cstdint>
 #include <type_traits>
 
 #include "cuda/column_sums.cuh"
+#include "cuda/row_grid.cuh"
 #include "cuda/vector_access.cuh"
 #include "philox.h"
 
@@ -18,6 +18,7 @@ namespace fm {
 struct BiasDropoutAdd {
   DType x_dtype, dtype;  // of x and dx; of residual, y and dy
   int64_t count, width;
+  RowShares shares;  // of blockIdx.y
   GlobalRows rows;
   const int64_t* rng_state;  // null: nothing is random, every element is multiplied by scale
   uint32_t threshold;  // times 2^16
@@ -28,7 +29,7 @@ struct BiasDropoutAdd {
   void* y;
   const void* dy;   // backward, from here on
   void* dx;         // null: not wanted
-  float* partials;  // [parts, width]; null: not wanted
+  float* partials;  // [shares.blocks, width]; null: not wanted
   MutableParameter dbias;
 };
 
@@ -93,17 +94,19 @@ FM_DEVICE void dropout_factors(const PhiloxStream& stream, uint32_t threshold, f
   }
 }
 
-// The elements of one thread: kCount columns that it keeps, in every step-th row. A block has blockDim.x runs of
-// columns (one warp, so that there are many blocks and few rows of partial sums) and blockDim.y rows.
+// The elements of one thread: kCount columns that it keeps, in every blockDim.y-th row of its block. A block has
+// blockDim.x runs of columns: one warp, so that there are many blocks and few rows of partial sums.
 template <int kCount>
 struct DropoutTile {
-  int64_t column, row, step;
+  int64_t column, row, end;  // end: of the elements of the block's rows; the last row may be short
   bool active;
   FM_DEVICE DropoutTile(const BiasDropoutAdd& a)
       : column((static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x) * kCount),
-        row(static_cast<int64_t>(blockIdx.y) * blockDim.y + threadIdx.y),
-        step(static_cast<int64_t>(gridDim.y) * blockDim.y),
-        active(column < a.width) {}
+        row(a.shares.begin(blockIdx.y) + threadIdx.y),
+        end(a.shares.end(blockIdx.y) * a.width),
+        active(column < a.width) {
+    if (end > a.count) end = a.count;
+  }
 };
 
 template <typename TX, typename T, int kCount, bool kAligned>
@@ -129,20 +132,20 @@ __global__ void __launch_bounds__(kDropoutThreads, kDropoutBlocksPerMultiprocess
   const TX* x = static_cast<const TX*>(a.x);
   const T* residual = static_cast<const T*>(a.residual);
   T* y = static_cast<T*>(a.y);
-  const int64_t skip = tile.step * a.width;
-  RunningRow mask_row(a.rows, tile.row, tile.step, a.width);
-  for (int64_t index = tile.row * a.width + tile.column; index < a.count; index += kDropoutRows * skip) {
+  const int64_t skip = static_cast<int64_t>(blockDim.y) * a.width;
+  RunningRow mask_row(a.rows, tile.row, blockDim.y, a.width);
+  for (int64_t index = tile.row * a.width + tile.column; index < tile.end; index += kDropoutRows * skip) {
     typename AX::Raw raw_x[kDropoutRows];
     typename A::Raw raw_residual[kDropoutRows];
 #pragma unroll
     for (int i = 0; i < kDropoutRows; ++i) {
-      if (index + i * skip >= a.count) continue;
+      if (index + i * skip >= tile.end) continue;
       raw_x[i] = AX::load(x + index + i * skip);
       raw_residual[i] = A::load(residual + index + i * skip);
     }
 #pragma unroll
     for (int i = 0; i < kDropoutRows; ++i) {
-      if (index + i * skip >= a.count) continue;
+      if (index + i * skip >= tile.end) continue;
       float factors[kCount], values[kCount], total[kCount];
 #pragma unroll
       for (int k = 0; k < kCount; ++k) factors[k] = a.scale;
@@ -171,18 +174,18 @@ __global__ void __launch_bounds__(kDropoutThreads, kDropoutBlocksPerMultiprocess
   if (a.rng_state != nullptr) stream = philox_stream(a.rng_state);
   const T* dy = static_cast<const T*>(a.dy);
   TX* dx = static_cast<TX*>(a.dx);
-  const int64_t skip = tile.step * a.width;
-  RunningRow mask_row(a.rows, tile.row, tile.step, a.width);
-  int64_t index = tile.active ? tile.row * a.width + tile.column : a.count;  // go to the barrier below
-  for (; index < a.count; index += kDropoutRows * skip) {
+  const int64_t skip = static_cast<int64_t>(blockDim.y) * a.width;
+  RunningRow mask_row(a.rows, tile.row, blockDim.y, a.width);
+  int64_t index = tile.active ? tile.row * a.width + tile.column : tile.end;  // go to the barrier below
+  for (; index < tile.end; index += kDropoutRows * skip) {
     typename A::Raw raw[kDropoutRows];
 #pragma unroll
     for (int i = 0; i < kDropoutRows; ++i) {
-      if (index + i * skip < a.count) raw[i] = A::load(dy + index + i * skip);
+      if (index + i * skip < tile.end) raw[i] = A::load(dy + index + i * skip);
     }
 #pragma unroll
     for (int i = 0; i < kDropoutRows; ++i) {
-      if (index + i * skip >= a.count) continue;
+      if (index + i * skip >= tile.end) continue;
       float factors[kCount], grad[kCount];
 #pragma unroll
       for (int k = 0; k < kCount; ++k) factors[k] = a.scale;

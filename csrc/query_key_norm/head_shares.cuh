@@ -3,6 +3,7 @@
 
 #include <cstdint>
 
+#include "cuda/row_grid.cuh"
 #include "cuda/row_reduction.cuh"
 #include "cuda/vector_access.cuh"
 #include "heads/heads.h"
@@ -18,7 +19,8 @@ struct QueryKeyNorm {
   ConstParameter q_weight, k_weight;   // [head_dim]
   ConstParameter cos, sin;             // [positions, half]; a token of sequence position i0 has row i0
   int64_t tokens, n1, head_dim, half;  // n1: tokens of a position
-  float* partials;                     // backward: [blocks, 2, head_dim]
+  RowShares shares;                    // tokens of blockIdx.x
+  float* partials;                     // backward: [shares.blocks, 2, head_dim]
 };
 
 inline constexpr int kHeadNormWarps = 4;
@@ -44,6 +46,14 @@ struct HeadShare {
     has_second = rotates || share - pairs + rest < runs;
   }
 };
+
+// The tokens of each block, beside `splits` blocks that share the heads of a token. bytes: of an element of a head; a
+// block costs `extra` bytes for each column of a head. A warp has four tokens or more before a second wave of blocks is
+// worth the wait for the weights.
+inline RowShares token_shares(const QueryKeyNorm& a, int64_t splits, int64_t slots, int64_t bytes, int64_t extra) {
+  const int64_t heads = a.q.heads + a.k.heads;
+  return RowGrid{a.tokens, kHeadNormWarps, 4, splits, slots, heads * bytes / splits, extra}.shares();
+}
 
 inline int64_t head_shares(const QueryKeyNorm& a, int64_t count) {
   return a.half / count + ((a.head_dim - 2 * a.half) / count + 1) / 2;

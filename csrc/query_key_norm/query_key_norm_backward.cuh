@@ -122,10 +122,10 @@ __global__ void __launch_bounds__(32 * kHeadNormWarps, kHeadNormBackwardBlocks)
   load_weights(a, weights);
   __syncthreads();
   const HeadShare share(a, static_cast<int>(threadIdx.x) % lanes, kCount);
-  const int n1 = static_cast<int>(a.n1), tokens = static_cast<int>(a.tokens);
   float q_sums[2][kCount] = {}, k_sums[2][kCount] = {};
-  for (int token = static_cast<int>(blockIdx.x * kHeadNormWarps + threadIdx.y); token < tokens;
-       token += static_cast<int>(gridDim.x * kHeadNormWarps)) {
+  const int n1 = static_cast<int>(a.n1), end = static_cast<int>(a.shares.end(blockIdx.x));
+  for (int token = static_cast<int>(a.shares.begin(blockIdx.x)) + static_cast<int>(threadIdx.y); token < end;
+       token += kHeadNormWarps) {
     const int i0 = token / n1, i1 = token - i0 * n1;
     const ShareAngles<kCount> angles(a, share, i0);
     backward_heads<T>(a, {a.q, i0, i1}, {a.q_input, i0, i1}, weights, angles, share, lanes, q_sums);
@@ -151,9 +151,9 @@ __global__ void __launch_bounds__(32 * kHeadNormWarps, kHeadNormBackwardBlocks)
   for (int i = static_cast<int>(threadIdx.x); i < 2 * static_cast<int>(a.head_dim); i += 32) of_warp[i] = 0.0f;
   __syncthreads();
   const int shares = static_cast<int>(a.half + (a.head_dim - 2 * a.half + 1) / 2);
-  const int n1 = static_cast<int>(a.n1), tokens = static_cast<int>(a.tokens);
-  for (int token = static_cast<int>(blockIdx.x * kHeadNormWarps + threadIdx.y); token < tokens;
-       token += static_cast<int>(gridDim.x * kHeadNormWarps)) {
+  const int n1 = static_cast<int>(a.n1), end = static_cast<int>(a.shares.end(blockIdx.x));
+  for (int token = static_cast<int>(a.shares.begin(blockIdx.x)) + static_cast<int>(threadIdx.y); token < end;
+       token += kHeadNormWarps) {
     const int i0 = token / n1, i1 = token - i0 * n1;
     for (int which = 0; which < 2; ++which) {
       const float* weight = weights + which * a.head_dim;
@@ -193,13 +193,15 @@ __global__ void __launch_bounds__(32 * kHeadNormWarps, kHeadNormBackwardBlocks)
   write_partials(a, gathered);
 }
 
-inline int64_t query_key_norm_parts(int64_t tokens, int multiprocessors) {
-  return head_norm_blocks(tokens, static_cast<int64_t>(multiprocessors) * kHeadNormBackwardBlocks);
+// The tokens of each block in the backward; there are as many rows of partial sums as blocks.
+inline RowShares query_key_norm_shares(const QueryKeyNorm& a, int multiprocessors) {
+  const int64_t size = a.dtype == DType::kFloat32 ? 4 : 2;
+  return token_shares(a, 1, static_cast<int64_t>(multiprocessors) * kHeadNormBackwardBlocks, 3 * size, 24);
 }
 
-// parts: of query_key_norm_parts(), for which a.partials has memory.
-inline void launch_query_key_norm_backward(const QueryKeyNorm& a, int64_t parts, const MutableParameter& q_dweight,
+inline void launch_query_key_norm_backward(const QueryKeyNorm& a, const MutableParameter& q_dweight,
                                            const MutableParameter& k_dweight, cudaStream_t stream) {
+  const int64_t parts = a.shares.blocks;
   for_device_dtype(a.dtype, [&]<typename T>(T) {
     constexpr int kCount = 16 / sizeof(T);
     const bool wide = query_key_norm_is_wide(a, kCount);

@@ -63,16 +63,16 @@ std::tuple<Tensor, Tensor> query_key_norm_backward_out(
   Tensor q_dweight = empty(Sizes(q_weight), q_weight.scalar_type(), q_weight);
   Tensor k_dweight = empty(Sizes(k_weight), k_weight.scalar_type(), k_weight);
   QueryKeyNorm a = parameters_of(q, q_weight, k_weight, cos, sin, eps);
-  const int64_t parts = query_key_norm_parts(a.tokens, multiprocessors());
-  const int64_t partial_sizes[] = {parts * 2 * a.head_dim};
-  Tensor partials = empty(partial_sizes, ScalarType::Float, q);
-  a.partials = static_cast<float*>(partials.mutable_data_ptr());
   a.q = heads_of(dq, dq_out);
   a.k = heads_of(dk, dk_out);
   a.v = heads_of(dv, dv_out);
   a.q_input = heads_of(q, dq_out);
   a.k_input = heads_of(k, dk_out);
-  launch_query_key_norm_backward(a, parts, mutable_parameter(q_dweight, true), mutable_parameter(k_dweight, true),
+  a.shares = query_key_norm_shares(a, multiprocessors());
+  const int64_t partial_sizes[] = {a.shares.blocks * 2 * a.head_dim};
+  Tensor partials = empty(partial_sizes, ScalarType::Float, q);
+  a.partials = static_cast<float*>(partials.mutable_data_ptr());
+  launch_query_key_norm_backward(a, mutable_parameter(q_dweight, true), mutable_parameter(k_dweight, true),
                                  current_stream(q));
   check_launch("query_key_norm_backward_out");
   return {q_dweight, k_dweight};

@@ -52,9 +52,9 @@ __global__ void __launch_bounds__(32 * kHeadNormWarps, kHeadNormBlocks) query_ke
   const HeadShare share(a, static_cast<int>(threadIdx.x) % lanes, kCount);
   const int at_once = 32 / lanes, step = at_once * static_cast<int>(gridDim.y);
   const int first = static_cast<int>(blockIdx.y) * at_once;
-  const int n1 = static_cast<int>(a.n1), tokens = static_cast<int>(a.tokens);
-  for (int token = static_cast<int>(blockIdx.x * kHeadNormWarps + threadIdx.y); token < tokens;
-       token += static_cast<int>(gridDim.x * kHeadNormWarps)) {
+  const int n1 = static_cast<int>(a.n1), end = static_cast<int>(a.shares.end(blockIdx.x));
+  for (int token = static_cast<int>(a.shares.begin(blockIdx.x)) + static_cast<int>(threadIdx.y); token < end;
+       token += kHeadNormWarps) {
     const int i0 = token / n1, i1 = token - i0 * n1;
     const ShareAngles<kCount> angles(a, share, i0);
     forward_heads<T>(a, {a.q, i0, i1}, weights, angles, share, lanes, first, step);
@@ -92,9 +92,9 @@ __global__ void __launch_bounds__(32 * kHeadNormWarps) query_key_norm_narrow_ker
   load_weights(a, weights);
   __syncthreads();
   const int shares = static_cast<int>(a.half + (a.head_dim - 2 * a.half + 1) / 2);
-  const int n1 = static_cast<int>(a.n1), tokens = static_cast<int>(a.tokens);
-  for (int token = static_cast<int>(blockIdx.x * kHeadNormWarps + threadIdx.y); token < tokens;
-       token += static_cast<int>(gridDim.x * kHeadNormWarps)) {
+  const int n1 = static_cast<int>(a.n1), end = static_cast<int>(a.shares.end(blockIdx.x));
+  for (int token = static_cast<int>(a.shares.begin(blockIdx.x)) + static_cast<int>(threadIdx.y); token < end;
+       token += kHeadNormWarps) {
     const int i0 = token / n1, i1 = token - i0 * n1;
     for (int which = 0; which < 2; ++which) {
       const float* weight = weights + which * a.head_dim;
@@ -130,13 +130,6 @@ inline bool query_key_norm_is_wide(const QueryKeyNorm& a, int64_t count) {
   return wide && is_aligned(a.cos.data) && is_aligned(a.sin.data);
 }
 
-// At most `most` blocks, which have the same number of rounds: a last round of some blocks would leave others idle.
-inline int64_t head_norm_blocks(int64_t tokens, int64_t most) {
-  const int64_t work = std::max<int64_t>(1, (tokens + kHeadNormWarps - 1) / kHeadNormWarps);
-  const int64_t rounds = (work + most - 1) / most;
-  return (work + rounds - 1) / rounds;
-}
-
 // The lanes that share a head: a power of 2.
 inline int lanes_of_head(const QueryKeyNorm& a, int64_t count) {
   int lanes = 1;
@@ -144,17 +137,18 @@ inline int lanes_of_head(const QueryKeyNorm& a, int64_t count) {
   return lanes;
 }
 
-inline void launch_query_key_norm(const QueryKeyNorm& a, int multiprocessors, cudaStream_t stream) {
+inline void launch_query_key_norm(QueryKeyNorm a, int multiprocessors, cudaStream_t stream) {
   const int64_t num_heads = a.q.heads + a.k.heads;
   if (a.tokens == 0 || num_heads == 0) return;
   for_device_dtype(a.dtype, [&]<typename T>(T) {
     constexpr int kCount = 16 / sizeof(T);
     const bool wide = query_key_norm_is_wide(a, kCount);
     const int lanes = wide ? lanes_of_head(a, kCount) : 32;
-    const int64_t most = static_cast<int64_t>(multiprocessors) * kHeadNormBlocks;
-    const int64_t blocks = head_norm_blocks(a.tokens, most);
-    const int64_t splits = std::clamp<int64_t>(std::min(most / blocks, num_heads * lanes / 32), 1, 65535);
-    const dim3 grid(static_cast<unsigned>(blocks), static_cast<unsigned>(splits)), block(32, kHeadNormWarps);
+    const int64_t slots = static_cast<int64_t>(multiprocessors) * kHeadNormBlocks;
+    const int64_t full = (a.tokens + kHeadNormWarps - 1) / kHeadNormWarps;  // blocks with a token for each warp
+    const int64_t splits = std::clamp<int64_t>(std::min(slots / full, num_heads * lanes / 32), 1, 65535);
+    a.shares = token_shares(a, splits, slots, 2 * sizeof(T), 8);
+    const dim3 grid(static_cast<unsigned>(a.shares.blocks), static_cast<unsigned>(splits)), block(32, kHeadNormWarps);
     const size_t shared = 2 * a.head_dim * sizeof(float);
     if (wide) {
       auto* kernel = query_key_norm_kernel<T>;

@@ -6,12 +6,12 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from fused_megatron.data_parallel.fixed_sizes import BYTES_PER_ELEMENT
+from fused_megatron.data_parallel.fixed_sizes import BYTES_PER_ELEMENT, aligned
 
 
 @dataclass(frozen=True)
 class BucketLayout:
-    """Parameters of one bucket, whose gradients are consecutive in a flat tensor.
+    """Parameters of one bucket, whose gradients follow each other in a flat tensor, each from an aligned address.
 
     Attributes:
         parameters: parameters in the order of their gradients, which is the order in which backward reaches them.
@@ -21,14 +21,14 @@ class BucketLayout:
 
     @property
     def num_elements(self) -> int:
-        return sum(parameter.numel() for parameter in self.parameters)
+        return sum(aligned(parameter.numel()) for parameter in self.parameters)
 
     def offsets(self) -> dict[nn.Parameter, int]:
         """Return the offset of each parameter's gradient, in elements."""
         found, offset = {}, 0
         for parameter in self.parameters:
             found[parameter] = offset
-            offset += parameter.numel()
+            offset += aligned(parameter.numel())
         return found
 
     def views(self, flat: torch.Tensor) -> dict[nn.Parameter, torch.Tensor]:

@@ -6,3 +6,11 @@ BUCKETS_UNDER_WAY = 2
 """Most packed copies of buckets at a time: one is sent while the next is packed."""
 BATCH_ELEMENTS = 1 << 24
 """Most elements that an elementwise rule updates at once, unless one tensor has more: the size of its temporaries."""
+ALIGNED_ELEMENTS = 8
+"""A parameter's part of a flat tensor begins at a multiple of this many elements: 16 bytes or more in every dtype, which
+CUDA kernels access at once. Elsewhere AdamW and the norm of the gradient go through it element by element."""
+
+
+def aligned(num_elements: int) -> int:
+    """Return the room of a part of a flat tensor: its elements, with padding up to the begin of the next part."""
+    return -(-num_elements // ALIGNED_ELEMENTS) * ALIGNED_ELEMENTS

@@ -9,6 +9,7 @@ import torch.distributed as dist
 from torch import nn
 
 from fused_megatron.collectives.transfers import start_all_gather_blocks
+from fused_megatron.data_parallel.fixed_sizes import aligned
 from fused_megatron.sharding import RowShards
 from fused_megatron.sharding.row_shards import num_rows
 
@@ -17,7 +18,8 @@ class RowBlocks:
     """Layout of the rows of some parameters in blocks [num_shards, block_numel], one block for each rank.
 
     A rank's block has its rows of each parameter, one parameter after the other. Every parameter takes the room of
-    ceil(rows / num_shards) rows in each block, so that all blocks have the same size; unused room is padding.
+    ceil(rows / num_shards) rows in each block, so that all blocks have the same size, rounded up to an aligned address.
+    Unused room is padding.
 
     Args:
         shapes: shapes of the parameters.
@@ -33,9 +35,9 @@ class RowBlocks:
         self._shapes = [tuple(shape) for shape in shapes]
         self._rows = rows
         self._rooms = [rows.rows_per_shard(shape) * prod(shape[1:]) for shape in self._shapes]
-        self._offsets = list(accumulate(self._rooms, initial=0))
+        self._offsets = list(accumulate(map(aligned, self._rooms), initial=0))
         self.block_numel = self._offsets[-1]
-        self.padded = any(num_rows(shape) % self._shards for shape in self._shapes)
+        self.padded = self.block_numel * self._shards > sum(map(prod, self._shapes))
 
     def new_blocks(self, like: torch.Tensor) -> torch.Tensor:
         """Allocate the blocks, in the dtype and on the device of a tensor; padding is 0."""

@@ -14,6 +14,7 @@ from fused_megatron.assembly.pipeline_plan import plan_pipeline
 from fused_megatron.assembly.step_sums import sum_over_ranks
 from fused_megatron.checks import InputError
 from fused_megatron.config import GPTConfig, ParallelConfig, TrainConfig, TrainingConfig
+from fused_megatron.data_parallel.fixed_sizes import aligned
 from fused_megatron.data_parallel.placement import ZERO_STAGES, zero_stage
 from fused_megatron.data_parallel.weight_gather import WeightGather
 from fused_megatron.data_parallel.weight_units import weight_units
@@ -166,9 +167,9 @@ def held_bytes(rank: int, world_size: int, config: TrainConfig) -> dict[str, tup
     placements, rows = ZERO_STAGES[config.parallel.zero_stage or 0], assembly.replicas.dense.rows
     parameters = list(assembly.parameters.values())
     size = parameters[0].element_size()
-    whole = sum(p.numel() for p in parameters)
+    whole, bucketed = sum(p.numel() for p in parameters), sum(aligned(p.numel()) for p in parameters)
     share = sum(rows.own(p.detach()).numel() for p in parameters)
-    blocks = sum(rows.rows_per_shard(p.shape) * p[0:1].numel() if p.dim() else 1 for p in parameters)
+    blocks = sum(aligned(rows.rows_per_shard(p.shape) * p[0:1].numel() if p.dim() else 1) for p in parameters)
 
     def held(tensors: Iterable[torch.Tensor]) -> int:
         storages = {t.untyped_storage()._cdata: t.untyped_storage() for t in tensors}
@@ -178,7 +179,7 @@ def held_bytes(rank: int, world_size: int, config: TrainConfig) -> dict[str, tup
     gradients = assembly.gradients.by_name(assembly.parameters).values()
     return {
         "weights": (held(assembly.own_weights.values()), size * (blocks if placements.weights else whole)),
-        "gradients": (held(gradients), 4 * (blocks if placements.gradients else whole)),
+        "gradients": (held(gradients), 4 * (blocks if placements.gradients else bucketed)),
         "state": (held(state), (8 if size == 4 else 12) * (share if placements.state else whole)),
         # Of parameters whose rows are away there is one number.
         "parameters": (held(parameters), size * whole if not placements.weights else held(parameters)),
@@ -209,7 +210,8 @@ def sent_bytes(
         assembly.weights.finish()
     rows = assembly.replicas.dense.rows
     padded = world_size * sum(
-        rows.rows_per_shard(p.shape) * (p[0:1].numel() if p.dim() else 1) for p in assembly.parameters.values()
+        aligned(rows.rows_per_shard(p.shape) * (p[0:1].numel() if p.dim() else 1))
+        for p in assembly.parameters.values()
     )
     units = len(list(weight_units(next(iter(assembly.model.stages.values())))))
     counts = {"padded": padded, "buckets": len(assembly.gradients.in_order_of_forward()), "units": units}

@@ -175,14 +175,14 @@ def order_of_sends(rank: int, world_size: int) -> tuple[list[int], list[int]]:
 
 def test_buckets_leave_during_backward_and_in_one_order_on_every_rank() -> None:
     (during, first), (_, second) = run_on_ranks(order_of_sends, 2)
-    assert first == second and sorted(first) == sorted([3, 9] + [7, 49] * 4)
+    assert first == second and sorted(first) == sorted([8, 16] + [8, 56] * 4)  # 3 and 9, 7 and 49 elements with their padding
     assert len(during) >= len(first) - 2
 
 
 def stages_apart(rank: int, world_size: int) -> tuple[list[list[int]], list[torch.Tensor]]:
     """Reduce two stages that share a weight; return the sizes that each call sent, and the sums."""
     torch.manual_seed(0)
-    first, second, tied = (nn.Parameter(torch.randn(n)) for n in (2, 3, 5))
+    first, second, tied = (nn.Parameter(torch.randn(n)) for n in (2, 11, 17))
     buckets = GradientBuckets({0: [tied, first], 4: [second, tied]}, Replicas.of_copies(dist.group.WORLD), 1)
     sent: list[list[int]] = []
     original = dist.all_reduce
@@ -217,7 +217,7 @@ def test_a_weight_of_two_stages_is_sent_once_and_last() -> None:
     ranks = run_on_ranks(stages_apart, 2)
     for sent, _ in ranks:
         # Four backwards, of which the last two fill a stage each; the shared weight waits for both stages.
-        assert sent == 2 * [[], [], [3], [2], [], [5]]
+        assert sent == 2 * [[], [], [16], [8], [], [24]]
     assert all(torch.equal(a, b) for a, b in zip(ranks[0][1], ranks[1][1], strict=True))
 
 

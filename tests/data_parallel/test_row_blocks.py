@@ -31,7 +31,16 @@ def test_blocks_hold_the_rows_of_each_rank(num_shards: int) -> None:
 
 
 def test_padding_is_zero_and_even_shapes_have_none() -> None:
-    packing = RowBlocks([(3, 2)], RowShards(2))
-    blocks = packing.pack([torch.ones(3, 2)], packing.new_blocks(torch.empty(0)))
-    assert packing.padded and blocks.tolist() == [[1, 1, 1, 1], [1, 1, 0, 0]]
-    assert not RowBlocks([(4, 2), (2,)], RowShards(2)).padded
+    packing = RowBlocks([(3, 3)], RowShards(2))
+    blocks = packing.pack([torch.ones(3, 3)], packing.new_blocks(torch.empty(0)))
+    assert packing.padded and blocks.tolist() == [[1] * 6 + [0] * 2, [1] * 3 + [0] * 5]
+    assert RowBlocks([(4, 3)], RowShards(2)).padded  # up to the next aligned address
+    assert not RowBlocks([(4, 4), (16,)], RowShards(2)).padded
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("num_shards", [2, 64])
+def test_own_rows_of_every_parameter_begin_at_a_multiple_of_16_bytes(num_shards: int, dtype: torch.dtype) -> None:
+    packing = RowBlocks([(1600,), (320, 24), (100,), *SHAPES], RowShards(num_shards))  # a bias has 25 rows in 64 shards
+    own = packing.own_rows(torch.zeros(packing.block_numel, dtype=dtype))
+    assert [rows.data_ptr() % 16 for rows in own if rows.numel()] == [0] * sum(rows.numel() > 0 for rows in own)

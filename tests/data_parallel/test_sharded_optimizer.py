@@ -9,6 +9,7 @@ import torch.distributed as dist
 from torch import nn
 
 import fused_megatron as fm
+from fused_megatron.data_parallel.fixed_sizes import aligned
 from fused_megatron.observe.record_communication import record_communication
 from fused_megatron.testing.run_on_ranks import run_cases_on_ranks, run_on_ranks
 
@@ -195,8 +196,7 @@ def sent(rank: int, world_size: int, stage: int) -> dict[str, list[int]]:
 
 
 def test_accumulation_sends_what_the_stage_says() -> None:
-    whole = 4 * sum(p.numel() for p in Net().parameters())
-    padded = whole * 6 // 5  # 5 rows on two ranks
+    padded = 4 * 2 * sum(aligned(3 * p[0].numel()) for p in Net().parameters())  # 5 rows: 3 on each of two ranks
     for stage, by_rank in zip((1, 2, 3), run_cases_on_ranks(sent, 2, [(1,), (2,), (3,)]), strict=True):
         reduced, gathered = by_rank[0]["reduce_scatter"], by_rank[0]["all_gather"]
         assert [number > 0 for number in reduced] == [stage > 1, stage > 1, True, False]
