@@ -169,6 +169,13 @@ def test_context_parallel_layouts() -> None:
     )
 
 
+def test_a_ring_of_a_gpu_sends_what_a_ring_of_a_cpu_sends() -> None:
+    """A message of tensors of the meta device: their group needs a backend for them."""
+    config = config_of(cp=2, microbatches=2, recompute="full")
+    on_cpu, on_gpu = (DryRun(config, device).rank(1).transfers for device in ("cpu", "meta"))
+    assert on_gpu["send", "cp"] == on_cpu["send", "cp"]
+
+
 @pytest.mark.slow
 def test_shared_memory_carries_the_same_transfers() -> None:
     """Memory is not compared: shared memory keeps a message until its ring reuses the slot, unlike a dry run."""
