@@ -2,8 +2,8 @@
 
 The first line of a block says how it is tested: ```sh run (executed), ```sh slow (executed by a slow test),
 ```sh parse: WHY (parsed by the real parsers, because it needs more than this machine), ```sh usage (its options are in
-the help), ```python run (executed), ```python part (compiles, and its names exist). An indented block right behind an
-executed block is its output. The site shows blocks without marks (docs/site_hooks.py).
+the help), ```python run (executed), ```python part (compiles, and its names exist). An indented block or one of ```text, right behind
+an executed block, is its output. The site shows blocks without marks (docs/site_hooks.py).
 """
 
 import ast
@@ -38,8 +38,10 @@ from fused_megatron.training import launcher
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
-MARKS = {"sh": r"run|slow|usage|parse: .+", "python": "run|part", "run": "", "toml": ""}
-BLOCK = re.compile(r"^```(\w*) ?([^\n]*)\n(.*?)^```\n((?:\n|    [^\n]*\n)*)", flags=re.MULTILINE | re.DOTALL)
+MARKS = {"sh": r"run|slow|usage|parse: .+", "python": "run|part", "run": "", "toml": "", "text": ""}
+BLOCK = re.compile(
+    r"^```(\w*) ?([^\n]*)\n(.*?)^```\n(\n*```text\n.*?^```\n|(?:\n|    [^\n]*\n)*)", flags=re.MULTILINE | re.DOTALL
+)
 TOML = re.compile(r"^    \[\w+\]\n(?:    [^\n]*\n|\n(?=    \[))*", flags=re.MULTILINE)
 # Programs in indented blocks, which nothing would test.
 PROGRAM = re.compile(
@@ -225,7 +227,7 @@ def execute(code: str, tree: Path) -> str:
 def check_output(block: Block, printed: str) -> None:
     """Check that the page shows what was printed; the last digit may differ between processors."""
     lines = {re.sub(r"(\.\d*)\d\b", r"\1", line).strip() for line in printed.splitlines()}
-    shown = [line.strip() for line in block.output.splitlines() if line.strip() not in ("", "...")]
+    shown = [line.strip() for line in block.output.splitlines() if line.strip() not in ("", "...", "```text", "```")]
     assert [line for line in shown if re.sub(r"(\.\d*)\d\b", r"\1", line) not in lines] == []
 
 
