@@ -7,7 +7,7 @@ BUCKETS_UNDER_WAY = 2
 BATCH_ELEMENTS = 1 << 24
 """Most elements that an elementwise rule updates at once, unless one tensor has more: the size of its temporaries."""
 ALIGNED_ELEMENTS = 8
-"""A parameter's part of a flat tensor begins at a multiple of this many elements: 16 bytes or more in every dtype, which
+"""A parameter's part of a flat tensor begins at a multiple of this many elements: 16 bytes or more in every dtype, what
 CUDA kernels access at once. Elsewhere AdamW and the norm of the gradient go through it element by element."""
 
 
