@@ -210,8 +210,7 @@ def sent_bytes(
         assembly.weights.finish()
     rows = assembly.replicas.dense.rows
     padded = world_size * sum(
-        aligned(rows.rows_per_shard(p.shape) * (p[0:1].numel() if p.dim() else 1))
-        for p in assembly.parameters.values()
+        aligned(rows.rows_per_shard(p.shape) * (p[0:1].numel() if p.dim() else 1)) for p in assembly.parameters.values()
     )
     units = len(list(weight_units(next(iter(assembly.model.stages.values())))))
     counts = {"padded": padded, "buckets": len(assembly.gradients.in_order_of_forward()), "units": units}
