@@ -11,7 +11,6 @@ from torch import nn
 from fused_megatron.collectives.transfers import start_all_gather_blocks
 from fused_megatron.data_parallel.fixed_sizes import aligned
 from fused_megatron.sharding import RowShards
-from fused_megatron.sharding.row_shards import num_rows
 
 
 class RowBlocks:

@@ -32,7 +32,7 @@ def ask(tmp_path_factory):
 
 
 def busy_share(rows, grid, slots):
-    """Return how long the slots would need with all of them busy / how long they need; time is counted in whole rows."""
+    """Return the time with all slots busy / the time that they need, in whole rows."""
     blocks_x, blocks_y = grid
     waves = -(-blocks_x * blocks_y // slots)
     return -(-rows * blocks_x // slots) / (waves * -(-rows // blocks_y))

@@ -175,7 +175,7 @@ def order_of_sends(rank: int, world_size: int) -> tuple[list[int], list[int]]:
 
 def test_buckets_leave_during_backward_and_in_one_order_on_every_rank() -> None:
     (during, first), (_, second) = run_on_ranks(order_of_sends, 2)
-    # 3 and 9, 7 and 49 elements with their padding
+    # 3 and 9, 7 and 49 elements with their padding.
     assert first == second and sorted(first) == sorted([8, 16] + [8, 56] * 4)
     assert len(during) >= len(first) - 2
 
