@@ -63,6 +63,31 @@ def _aligned(row, row_stride, SHIFTED: tl.constexpr, VECTOR: tl.constexpr):
 
 
 @triton.jit
+def _edge_tile(row_ptr, positions, shift, end):
+    """Load a tile at an end of a row, with -inf in columns outside of the row; return it and what is inside."""
+    inside = (positions >= shift) & (positions < end)
+    return tl.load(row_ptr + positions, mask=inside, other=-float("inf")).to(tl.float32), inside
+
+
+@triton.jit
+def _with_tile(
+    x, inside, softcap, maximum, exp_sum, plain_sum, count, SMOOTHING: tl.constexpr, SOFTCAP: tl.constexpr
+):
+    """Return the four running numbers of each lane with the columns of a tile, x, added."""
+    if SOFTCAP:
+        x = tl.where(inside, _capped(x, softcap)[0], -float("inf"))
+    larger = tl.maximum(maximum, tl.max(x, 1))
+    base = _finite_or_zero(larger)
+    exp_sum *= tl.exp2((maximum - base) * _LOG2E)
+    x -= base[:, None]
+    exp_sum += tl.sum(tl.exp2(x * _LOG2E), 1)
+    if SMOOTHING:
+        plain_sum += count * (_finite_or_zero(maximum) - base) + tl.sum(tl.where(inside, x, 0.0), 1)
+        count += tl.sum(inside.to(tl.float32), 1)
+    return larger, exp_sum, plain_sum, count
+
+
+@triton.jit
 def _statistics_kernel(
     logits_ptr,  # [T, V / R] in rows of row_stride, in
     target_ptr,  # int64 [T], in
@@ -108,27 +133,33 @@ def _statistics_kernel(
     plain_sum = tl.zeros([LANES], tl.float32)  # of x - maximum: a large common offset would cost precision
     count = tl.zeros([LANES], tl.float32)
     first = split * tiles_per_split
-    for i in range(first, tl.minimum(first + tiles_per_split, tl.cdiv(end, LANES * VECTOR))):
-        start = i * (LANES * VECTOR)
-        # Counted from the boundary, `shift` elements before column 0.
-        positions = start + lanes
-        inside = (positions >= shift) & (positions < end)
-        pointers = logits_ptr + boundary + positions
-        if (start >= shift) & (start + LANES * VECTOR <= end):
-            x = tl.load(pointers).to(tl.float32)
-        else:
-            x = tl.load(pointers, mask=inside, other=-float("inf")).to(tl.float32)
-        if SOFTCAP:
-            x = tl.where(inside, _capped(x, softcap)[0], -float("inf"))
-        larger = tl.maximum(maximum, tl.max(x, 1))
-        base = _finite_or_zero(larger)
-        exp_sum *= tl.exp2((maximum - base) * _LOG2E)
-        x -= base[:, None]
-        exp_sum += tl.sum(tl.exp2(x * _LOG2E), 1)
-        if SMOOTHING:
-            plain_sum += count * (_finite_or_zero(maximum) - base) + tl.sum(tl.where(inside, x, 0.0), 1)
-            count += tl.sum(inside.to(tl.float32), 1)
-        maximum = larger
+    stop = tl.minimum(first + tiles_per_split, tl.cdiv(end, LANES * VECTOR))
+    # Tiles first_full to last_full - 1 have all their columns in the row: at most one tile before and one after them.
+    first_full = first
+    if SHIFTED:
+        first_full += (first * (LANES * VECTOR) < shift).to(tl.int32)
+        for i in range(first, tl.minimum(first_full, stop)):
+            x, inside = _edge_tile(logits_ptr + boundary, i * (LANES * VECTOR) + lanes, shift, end)
+            maximum, exp_sum, plain_sum, count = _with_tile(
+                x, inside, softcap, maximum, exp_sum, plain_sum, count, SMOOTHING, SOFTCAP
+            )
+    last_full = tl.maximum(tl.minimum(stop, end // (LANES * VECTOR)), first_full)
+    # The next tile is on its way while the exponentials of this one are computed. Registers hold it, not shared memory:
+    # a copy through shared memory would take more instructions.
+    pointers = logits_ptr + boundary + (first_full * (LANES * VECTOR) + lanes)
+    following = tl.load(pointers, mask=first_full < last_full)
+    for i in range(first_full, last_full):
+        x = following.to(tl.float32)
+        pointers += LANES * VECTOR
+        following = tl.load(pointers, mask=i + 1 < last_full)
+        maximum, exp_sum, plain_sum, count = _with_tile(
+            x, tl.full([LANES, VECTOR], 1, tl.int1), softcap, maximum, exp_sum, plain_sum, count, SMOOTHING, SOFTCAP
+        )
+    for i in range(last_full, stop):
+        x, inside = _edge_tile(logits_ptr + boundary, i * (LANES * VECTOR) + lanes, shift, end)
+        maximum, exp_sum, plain_sum, count = _with_tile(
+            x, inside, softcap, maximum, exp_sum, plain_sum, count, SMOOTHING, SOFTCAP
+        )
     row_shift = _finite_or_zero(tl.max(maximum, 0))
     row_exp_sum = tl.sum(exp_sum * tl.exp2((maximum - row_shift) * _LOG2E), 0)
     tl.store(stats_ptr, row_shift)
