@@ -137,26 +137,27 @@ def _statistics_kernel(
     # Tiles first_full to last_full - 1 have all their columns in the row: at most one tile before and one after them.
     first_full = first
     if SHIFTED:
-        first_full += (first * (LANES * VECTOR) < shift).to(tl.int32)
-        for i in range(first, tl.minimum(first_full, stop)):
-            x, inside = _edge_tile(logits_ptr + boundary, i * (LANES * VECTOR) + lanes, shift, end)
+        if (first * (LANES * VECTOR) < shift) & (first < stop):
+            first_full = first + 1
+            x, inside = _edge_tile(logits_ptr + boundary, first * (LANES * VECTOR) + lanes, shift, end)
             maximum, exp_sum, plain_sum, count = _with_tile(
                 x, inside, softcap, maximum, exp_sum, plain_sum, count, SMOOTHING, SOFTCAP
             )
     last_full = tl.maximum(tl.minimum(stop, end // (LANES * VECTOR)), first_full)
-    # The next tile is on its way while the exponentials of this one are computed. Registers hold it, not shared memory:
-    # a copy through shared memory would take more instructions.
+    # The next tile is on its way while the exponentials of this one are computed. It waits in registers: through shared
+    # memory it would take more instructions.
     pointers = logits_ptr + boundary + (first_full * (LANES * VECTOR) + lanes)
     following = tl.load(pointers, mask=first_full < last_full)
+    everywhere = tl.full([LANES, VECTOR], 1, tl.int1)
     for i in range(first_full, last_full):
         x = following.to(tl.float32)
         pointers += LANES * VECTOR
         following = tl.load(pointers, mask=i + 1 < last_full)
         maximum, exp_sum, plain_sum, count = _with_tile(
-            x, tl.full([LANES, VECTOR], 1, tl.int1), softcap, maximum, exp_sum, plain_sum, count, SMOOTHING, SOFTCAP
+            x, everywhere, softcap, maximum, exp_sum, plain_sum, count, SMOOTHING, SOFTCAP
         )
-    for i in range(last_full, stop):
-        x, inside = _edge_tile(logits_ptr + boundary, i * (LANES * VECTOR) + lanes, shift, end)
+    if last_full < stop:
+        x, inside = _edge_tile(logits_ptr + boundary, last_full * (LANES * VECTOR) + lanes, shift, end)
         maximum, exp_sum, plain_sum, count = _with_tile(
             x, inside, softcap, maximum, exp_sum, plain_sum, count, SMOOTHING, SOFTCAP
         )
@@ -350,7 +351,7 @@ def cross_entropy_statistics(
             logits, target, parts, num_rows, logits.stride(0), num_real, vocab_start, vocab_size, ignore_index,
             label_smoothing, softcap, triton.cdiv(tiles_per_row, num_splits), num_splits,
             SMOOTHING=label_smoothing != 0.0, SOFTCAP=softcap != 0.0, SPLIT=num_splits > 1, SHIFTED=_shifted(logits),
-            LANES=_LANES, VECTOR=_vector(logits), **_OPTIONS,
+            LANES=_LANES, VECTOR=_vector(logits), maxnreg=_registers(label_smoothing != 0.0, softcap != 0.0), **_OPTIONS,
         )  # fmt: skip
         if num_splits > 1:
             _launch_merge(parts, target, None, stats, num_columns, vocab_size, ignore_index, label_smoothing, 0.0)
@@ -453,9 +454,22 @@ def _tiles_per_row(logits: torch.Tensor, num_columns: int) -> int:
 
 
 def _num_splits(num_rows: int, num_tiles: int, num_multiprocessors: int) -> int:
-    """Return the programs per row, so that even a few long rows keep the whole device busy."""
+    """Return the programs per row, so that even a few long rows keep the whole device busy; each has a tile."""
     wanted = -(-_PROGRAMS_PER_MULTIPROCESSOR * num_multiprocessors // num_rows)
-    return max(1, min(wanted, num_tiles))
+    tiles_per_split = triton.cdiv(num_tiles, max(1, min(wanted, num_tiles)))
+    return max(1, triton.cdiv(num_tiles, max(1, tiles_per_split)))
+
+
+def _registers(smoothing: bool, softcap: bool) -> int | None:
+    """Return the registers of a thread of _statistics_kernel; None: as many as ptxas wants.
+
+    Asked for nothing, ptxas reuses the registers of one tile for the next, and so loads the next after the exponentials.
+    With 48 registers 10 programs fit on a multiprocessor, with 72 seven: 40 and 28 KiB are in flight. With a softcap
+    arithmetic is the limit.
+    """
+    if softcap:
+        return None
+    return 72 if smoothing else 48
 
 
 @functools.cache
