@@ -70,9 +70,7 @@ def _edge_tile(row_ptr, positions, shift, end):
 
 
 @triton.jit
-def _with_tile(
-    x, inside, softcap, maximum, exp_sum, plain_sum, count, SMOOTHING: tl.constexpr, SOFTCAP: tl.constexpr
-):
+def _with_tile(x, inside, softcap, maximum, exp_sum, plain_sum, count, SMOOTHING: tl.constexpr, SOFTCAP: tl.constexpr):
     """Return the four running numbers of each lane with the columns of a tile, x, added."""
     if SOFTCAP:
         x = tl.where(inside, _capped(x, softcap)[0], -float("inf"))
@@ -136,23 +134,23 @@ def _statistics_kernel(
     stop = tl.minimum(first + tiles_per_split, tl.cdiv(end, LANES * VECTOR))
     # Tiles first_full to last_full - 1 have all their columns in the row: at most one tile before and one after them.
     first_full = first
-    if SHIFTED:
-        if (first * (LANES * VECTOR) < shift) & (first < stop):
-            first_full = first + 1
-            x, inside = _edge_tile(logits_ptr + boundary, first * (LANES * VECTOR) + lanes, shift, end)
-            maximum, exp_sum, plain_sum, count = _with_tile(
-                x, inside, softcap, maximum, exp_sum, plain_sum, count, SMOOTHING, SOFTCAP
-            )
+    if (first * (LANES * VECTOR) < shift) & (first < stop):
+        first_full = first + 1
+        x, inside = _edge_tile(logits_ptr + boundary, first * (LANES * VECTOR) + lanes, shift, end)
+        maximum, exp_sum, plain_sum, count = _with_tile(
+            x, inside, softcap, maximum, exp_sum, plain_sum, count, SMOOTHING, SOFTCAP
+        )
     last_full = tl.maximum(tl.minimum(stop, end // (LANES * VECTOR)), first_full)
     # The next tile is on its way while the exponentials of this one are computed. It waits in registers: through shared
     # memory it would take more instructions.
-    pointers = logits_ptr + boundary + (first_full * (LANES * VECTOR) + lanes)
-    following = tl.load(pointers, mask=first_full < last_full)
     everywhere = tl.full([LANES, VECTOR], 1, tl.int1)
+    nowhere = tl.full([LANES, VECTOR], 0, tl.int1)
+    pointers = logits_ptr + boundary + (first_full * (LANES * VECTOR) + lanes)
+    following = tl.load(pointers, mask=tl.where(first_full < last_full, everywhere, nowhere))
     for i in range(first_full, last_full):
         x = following.to(tl.float32)
         pointers += LANES * VECTOR
-        following = tl.load(pointers, mask=i + 1 < last_full)
+        following = tl.load(pointers, mask=tl.where(i + 1 < last_full, everywhere, nowhere))
         maximum, exp_sum, plain_sum, count = _with_tile(
             x, everywhere, softcap, maximum, exp_sum, plain_sum, count, SMOOTHING, SOFTCAP
         )
@@ -351,7 +349,8 @@ def cross_entropy_statistics(
             logits, target, parts, num_rows, logits.stride(0), num_real, vocab_start, vocab_size, ignore_index,
             label_smoothing, softcap, triton.cdiv(tiles_per_row, num_splits), num_splits,
             SMOOTHING=label_smoothing != 0.0, SOFTCAP=softcap != 0.0, SPLIT=num_splits > 1, SHIFTED=_shifted(logits),
-            LANES=_LANES, VECTOR=_vector(logits), maxnreg=_registers(label_smoothing != 0.0, softcap != 0.0), **_OPTIONS,
+            LANES=_LANES, VECTOR=_vector(logits),
+            maxnreg=_registers(label_smoothing != 0.0, softcap != 0.0), **_OPTIONS,
         )  # fmt: skip
         if num_splits > 1:
             _launch_merge(parts, target, None, stats, num_columns, vocab_size, ignore_index, label_smoothing, 0.0)
@@ -463,7 +462,7 @@ def _num_splits(num_rows: int, num_tiles: int, num_multiprocessors: int) -> int:
 def _registers(smoothing: bool, softcap: bool) -> int | None:
     """Return the registers of a thread of _statistics_kernel; None: as many as ptxas wants.
 
-    Asked for nothing, ptxas reuses the registers of one tile for the next, and so loads the next after the exponentials.
+    Asked for nothing, ptxas reuses the registers of one tile for the next: it loads the next after the exponentials.
     With 48 registers 10 programs fit on a multiprocessor, with 72 seven: 40 and 28 KiB are in flight. With a softcap
     arithmetic is the limit.
     """
