@@ -63,6 +63,29 @@ def _aligned(row, row_stride, SHIFTED: tl.constexpr, VECTOR: tl.constexpr):
 
 
 @triton.jit
+def _edge_tile(row_ptr, positions, shift, end):
+    """Load a tile at an end of a row, with -inf in columns outside of the row; return it and what is inside."""
+    inside = (positions >= shift) & (positions < end)
+    return tl.load(row_ptr + positions, mask=inside, other=-float("inf")).to(tl.float32), inside
+
+
+@triton.jit
+def _with_tile(x, inside, softcap, maximum, exp_sum, plain_sum, count, SMOOTHING: tl.constexpr, SOFTCAP: tl.constexpr):
+    """Return the four running numbers of each lane with the columns of a tile, x, added."""
+    if SOFTCAP:
+        x = tl.where(inside, _capped(x, softcap)[0], -float("inf"))
+    larger = tl.maximum(maximum, tl.max(x, 1))
+    base = _finite_or_zero(larger)
+    exp_sum *= tl.exp2((maximum - base) * _LOG2E)
+    x -= base[:, None]
+    exp_sum += tl.sum(tl.exp2(x * _LOG2E), 1)
+    if SMOOTHING:
+        plain_sum += count * (_finite_or_zero(maximum) - base) + tl.sum(tl.where(inside, x, 0.0), 1)
+        count += tl.sum(inside.to(tl.float32), 1)
+    return larger, exp_sum, plain_sum, count
+
+
+@triton.jit
 def _statistics_kernel(
     logits_ptr,  # [T, V / R] in rows of row_stride, in
     target_ptr,  # int64 [T], in
@@ -108,27 +131,34 @@ def _statistics_kernel(
     plain_sum = tl.zeros([LANES], tl.float32)  # of x - maximum: a large common offset would cost precision
     count = tl.zeros([LANES], tl.float32)
     first = split * tiles_per_split
-    for i in range(first, tl.minimum(first + tiles_per_split, tl.cdiv(end, LANES * VECTOR))):
-        start = i * (LANES * VECTOR)
-        # Counted from the boundary, `shift` elements before column 0.
-        positions = start + lanes
-        inside = (positions >= shift) & (positions < end)
-        pointers = logits_ptr + boundary + positions
-        if (start >= shift) & (start + LANES * VECTOR <= end):
-            x = tl.load(pointers).to(tl.float32)
-        else:
-            x = tl.load(pointers, mask=inside, other=-float("inf")).to(tl.float32)
-        if SOFTCAP:
-            x = tl.where(inside, _capped(x, softcap)[0], -float("inf"))
-        larger = tl.maximum(maximum, tl.max(x, 1))
-        base = _finite_or_zero(larger)
-        exp_sum *= tl.exp2((maximum - base) * _LOG2E)
-        x -= base[:, None]
-        exp_sum += tl.sum(tl.exp2(x * _LOG2E), 1)
-        if SMOOTHING:
-            plain_sum += count * (_finite_or_zero(maximum) - base) + tl.sum(tl.where(inside, x, 0.0), 1)
-            count += tl.sum(inside.to(tl.float32), 1)
-        maximum = larger
+    stop = tl.minimum(first + tiles_per_split, tl.cdiv(end, LANES * VECTOR))
+    # Tiles first_full to last_full - 1 have all their columns in the row: at most one tile before and one after them.
+    first_full = first
+    if (first * (LANES * VECTOR) < shift) & (first < stop):
+        first_full = first + 1
+        x, inside = _edge_tile(logits_ptr + boundary, first * (LANES * VECTOR) + lanes, shift, end)
+        maximum, exp_sum, plain_sum, count = _with_tile(
+            x, inside, softcap, maximum, exp_sum, plain_sum, count, SMOOTHING, SOFTCAP
+        )
+    last_full = tl.maximum(tl.minimum(stop, end // (LANES * VECTOR)), first_full)
+    # The next tile is on its way while the exponentials of this one are computed. It waits in registers: through shared
+    # memory it would take more instructions.
+    everywhere = tl.full([LANES, VECTOR], 1, tl.int1)
+    nowhere = tl.full([LANES, VECTOR], 0, tl.int1)
+    pointers = logits_ptr + boundary + (first_full * (LANES * VECTOR) + lanes)
+    following = tl.load(pointers, mask=tl.where(first_full < last_full, everywhere, nowhere))
+    for i in range(first_full, last_full):
+        x = following.to(tl.float32)
+        pointers += LANES * VECTOR
+        following = tl.load(pointers, mask=tl.where(i + 1 < last_full, everywhere, nowhere))
+        maximum, exp_sum, plain_sum, count = _with_tile(
+            x, everywhere, softcap, maximum, exp_sum, plain_sum, count, SMOOTHING, SOFTCAP
+        )
+    if last_full < stop:
+        x, inside = _edge_tile(logits_ptr + boundary, last_full * (LANES * VECTOR) + lanes, shift, end)
+        maximum, exp_sum, plain_sum, count = _with_tile(
+            x, inside, softcap, maximum, exp_sum, plain_sum, count, SMOOTHING, SOFTCAP
+        )
     row_shift = _finite_or_zero(tl.max(maximum, 0))
     row_exp_sum = tl.sum(exp_sum * tl.exp2((maximum - row_shift) * _LOG2E), 0)
     tl.store(stats_ptr, row_shift)
@@ -319,7 +349,8 @@ def cross_entropy_statistics(
             logits, target, parts, num_rows, logits.stride(0), num_real, vocab_start, vocab_size, ignore_index,
             label_smoothing, softcap, triton.cdiv(tiles_per_row, num_splits), num_splits,
             SMOOTHING=label_smoothing != 0.0, SOFTCAP=softcap != 0.0, SPLIT=num_splits > 1, SHIFTED=_shifted(logits),
-            LANES=_LANES, VECTOR=_vector(logits), **_OPTIONS,
+            LANES=_LANES, VECTOR=_vector(logits),
+            maxnreg=_registers(label_smoothing != 0.0, softcap != 0.0), **_OPTIONS,
         )  # fmt: skip
         if num_splits > 1:
             _launch_merge(parts, target, None, stats, num_columns, vocab_size, ignore_index, label_smoothing, 0.0)
@@ -422,9 +453,22 @@ def _tiles_per_row(logits: torch.Tensor, num_columns: int) -> int:
 
 
 def _num_splits(num_rows: int, num_tiles: int, num_multiprocessors: int) -> int:
-    """Return the programs per row, so that even a few long rows keep the whole device busy."""
+    """Return the programs per row, so that even a few long rows keep the whole device busy; each has a tile."""
     wanted = -(-_PROGRAMS_PER_MULTIPROCESSOR * num_multiprocessors // num_rows)
-    return max(1, min(wanted, num_tiles))
+    tiles_per_split = triton.cdiv(num_tiles, max(1, min(wanted, num_tiles)))
+    return max(1, triton.cdiv(num_tiles, max(1, tiles_per_split)))
+
+
+def _registers(smoothing: bool, softcap: bool) -> int | None:
+    """Return the registers of a thread of _statistics_kernel; None: as many as ptxas wants.
+
+    Asked for nothing, ptxas reuses the registers of one tile for the next: it loads the next after the exponentials.
+    With 48 registers 10 programs fit on a multiprocessor, with 72 seven: 40 and 28 KiB are in flight. With a softcap
+    arithmetic is the limit.
+    """
+    if softcap:
+        return None
+    return 72 if smoothing else 48
 
 
 @functools.cache

@@ -6,6 +6,7 @@ kernel): it moves bytes in the ratio of the kernel, and of such paths it has mos
 Predicated instructions count, since they take an issue slot.
 """
 
+import bisect
 import itertools
 import re
 import subprocess
@@ -198,6 +199,27 @@ def main_paths(text: str) -> list[InstructionPath]:
         start = _header(blocks, inside)
         ends = {at for at in inside if start in blocks[at].next}
     return _best_paths(blocks, inside, start, ends)
+
+
+def under_loads(text: str) -> float | None:
+    """Return the part of the main loop's exponentials that follow its last wide load: they run while it is on its way.
+
+    None: no loop has both.
+
+    Args:
+        text: of listing().
+    """
+    instructions = parsed(text)
+    blocks = blocks_of(instructions)
+    starts = sorted(blocks)
+    shares = []
+    for loop in loops_of(blocks):
+        names = [one.name for one in instructions if starts[bisect.bisect(starts, one.address) - 1] in loop]
+        loads = [at for at, name in enumerate(names) if name.startswith("LDG") and ".128" in name]
+        exponentials = [at for at, name in enumerate(names) if name.startswith("MUFU.EX2")]
+        if loads and exponentials:
+            shares.append(sum(at > loads[-1] for at in exponentials) / len(exponentials))
+    return shares[-1] if shares else None
 
 
 def _moved(blocks: Blocks, inside: frozenset[int]) -> int:

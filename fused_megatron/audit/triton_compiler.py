@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from fused_megatron.audit.instruction_path import listing
+from fused_megatron.audit.machine_code import tool
 from fused_megatron.checks import dtype_name
 
 
@@ -19,6 +21,7 @@ class CompiledKernel:
     spill_bytes: int
     shared_bytes: int
     global_accesses: tuple[str, ...]  # one entry per ld/st.global in the PTX: "ld.v4.b32", "st.b32", ...
+    code: str = ""  # the machine code (instruction_path.listing), if cuobjdump is here
 
 
 def compile_for(
@@ -29,6 +32,7 @@ def compile_for(
     aligned: tuple[str, ...],
     num_warps: int,
     num_ctas: int = 1,
+    maxnreg: int | None = None,
 ) -> CompiledKernel:
     """Compile a triton.jit function for a CUDA architecture.
 
@@ -40,6 +44,7 @@ def compile_for(
         aligned: arguments that are multiples of 16 (pointers: of 16 bytes); a launch would detect them.
         num_warps: as in the launch.
         num_ctas: as in the launch; more than 1 (a cluster of blocks) needs arch 90 or 100.
+        maxnreg: as in the launch; the limit of registers.
     """
     # Imported here: triton is optional, and only an audit needs it.
     import triton  # noqa: PLC0415
@@ -53,13 +58,24 @@ def compile_for(
         constexprs={(names.index(name),): value for name, value in constexprs.items()},
         attrs={(names.index(name),): [["tt.divisibility", 16]] for name in aligned},
     )
-    options = {"num_warps": num_warps, "num_ctas": num_ctas}
+    options = {"num_warps": num_warps, "num_ctas": num_ctas, "maxnreg": maxnreg}
     compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
     registers, spill_bytes = _resources(compiled.asm["ptx"], arch)
     accesses = re.findall(r"\b(ld|st)\.global(?:\.[\w:]+)*?((?:\.v\d)?\.[bfsu]\d+)\b", compiled.asm["ptx"])
     # Shared memory is requested at launch, so that ptxas does not report it.
     shared_bytes = compiled.metadata.shared
-    return CompiledKernel(registers, spill_bytes, shared_bytes, tuple("".join(access) for access in accesses))
+    widths = tuple("".join(access) for access in accesses)
+    return CompiledKernel(registers, spill_bytes, shared_bytes, widths, _machine_code(compiled, arch))
+
+
+def _machine_code(compiled: Any, arch: int) -> str:
+    cuobjdump = tool("cuobjdump")
+    if cuobjdump is None:
+        return ""
+    with tempfile.TemporaryDirectory() as work:
+        file = Path(work) / "kernel.cubin"
+        file.write_bytes(compiled.asm["cubin"])
+        return listing(file, f"sm_{arch}" + ("a" if arch >= 90 else ""), compiled.metadata.name, cuobjdump)
 
 
 def _resources(ptx: str, arch: int) -> tuple[int, int]:

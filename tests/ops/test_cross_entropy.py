@@ -128,6 +128,7 @@ def test_rows_split_over_programs(dtype, device, monkeypatch):
     assert kernels._num_splits(1, 64, 132) == 64  # never more programs than tiles
     assert kernels._num_splits(100, 64, 132) == 6
     assert kernels._num_splits(4, 0, 132) == 1  # only padding
+    assert kernels._num_splits(8, 75, 132) == 38  # two tiles each, and none without a tile
     monkeypatch.setattr(kernels, "_num_splits", lambda *_: 3)
     check_against_float64(*inputs(3, 7001, dtype, device), **EVERYTHING)
     check_against_float64(*inputs(2, 5, dtype, device), **EVERYTHING)  # splits without a tile
