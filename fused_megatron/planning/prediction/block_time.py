@@ -21,6 +21,7 @@ from fused_megatron.planning.prediction.cluster import Cluster
 from fused_megatron.planning.prediction.end_of_step import exposed_s, replica_ring
 from fused_megatron.planning.prediction.engine import Engine
 from fused_megatron.planning.prediction.message_work import handled_messages
+from fused_megatron.planning.prediction.product_time import linear_s, product_s
 from fused_megatron.planning.prediction.transfer_time import Ring
 from fused_megatron.planning.rank_communication import attention_communication, expert_communication_by_axis
 
@@ -30,14 +31,6 @@ _RING_WORK = 2.0
 """Work of attention on a CPU in a ring, whose hops are tiles of scores in memory, over one fused kernel."""
 _CHUNKS = 8
 """Chunks into which products are cut whose collectives run beside them; the first chunk hides nothing."""
-
-
-def product_s(cluster: Cluster, size: int, count: float, m: float, n: float, k: float) -> float:
-    """Return the seconds of `count` products [m, k] x [k, n] in one kernel; size: bytes of an element."""
-    rate = 1e12 * cluster.peak_tflops * cluster.product_efficiency
-    moved = size * count * (m * k + k * n + m * n)
-    seconds = max(2 * count * m * n * k / rate, moved / (1e9 * cluster.memory_gb_per_s))
-    return seconds + 1e-6 * cluster.product_us
 
 
 class StageTimes:
@@ -113,20 +106,18 @@ class StageTimes:
         added_forward, added_backward = self._added_ops()
         extra = self._extra_ops(has_experts)
         launch = 1e-6 * self.cluster.launch_us
-        products = [self._product(*shape) for shape in linear]
+        outputs, inputs, weights = zip(*(linear_s(self.cluster, self.size, *shape) for shape in linear), strict=True)
         forward = Work(
-            products=sum(products) + attention.products,
+            products=sum(outputs) + attention.products,
             memory_bound=self._moved(elements) + attention.memory_bound,
             # All products but the first, of queries, keys and values, are cut into chunks.
-            tensor_parallel=self._exposed_syncs(syncs, sum(products[1:])),
+            tensor_parallel=self._exposed_syncs(syncs, sum(outputs[1:])),
             host=launch * (self.engine.forward_ops + ops + extra + added_forward),
         )
-        inputs = sum(self._product(count, m, k, n) for count, m, n, k in linear)
-        weights = sum(self._product(count, n, k, m) for count, m, n, k in linear)
         backward = Work(
-            products=inputs + weights + attention.products * self._attention_backward,
+            products=sum(inputs) + sum(weights) + attention.products * self._attention_backward,
             memory_bound=self._moved(1.75 * elements) + 1.6 * attention.memory_bound,
-            tensor_parallel=self._exposed_syncs(syncs, weights) + self._gathers_again(syncs),
+            tensor_parallel=self._exposed_syncs(syncs, sum(weights)) + self._gathers_again(syncs),
             host=launch * (self.engine.backward_ops + ops + 2 * extra + added_backward),
         )
         if recomputed and self.config.model.recompute == "full":
@@ -135,7 +126,7 @@ class StageTimes:
             backward += attention
         forward, backward = self._with_context(forward, backward, attention)
         forward, backward = self._with_experts(forward, backward, has_experts)
-        return ActionWork(*self._with_gathers(forward, backward, has_experts), Work(products=weights))
+        return ActionWork(*self._with_gathers(forward, backward, has_experts), Work(products=sum(weights)))
 
     def _added_ops(self) -> tuple[float, float]:
         """Return the ops that the layout adds to a block's forward, and to its backward."""
@@ -381,15 +372,18 @@ class StageTimes:
     @cached_property
     def _head(self) -> ActionWork:
         columns = vocabulary_elements(self.config.model, self.tp) // self.hidden
-        product = self._product(1, self.tokens, columns, self.hidden)
+        output, inputs, weights = linear_s(self.cluster, self.size, 1, self.tokens, columns, self.hidden)
         launch = 1e-6 * self.cluster.launch_us
         logits = self._moved(self.engine.logit_passes / 2 * self.tokens * columns)
-        forward = Work(products=product, memory_bound=logits, host=self.engine.head_ops * launch)
+        forward = Work(products=output, memory_bound=logits, host=self.engine.head_ops * launch)
         backward = Work(
-            products=2 * product, memory_bound=logits, tensor_parallel=self._sync(), host=self.engine.head_ops * launch
+            products=inputs + weights,
+            memory_bound=logits,
+            tensor_parallel=self._sync(),
+            host=self.engine.head_ops * launch,
         )
         if self.engine.loss_gradients_first:
             # Backward adds the kept float32 gradient to the gradients of the step.
             added = Work(memory_bound=self._moved(3 * 4 / self.size * columns * self.hidden))
             return ActionWork(forward + backward, added, Work())
-        return ActionWork(forward, backward, Work(products=product))
+        return ActionWork(forward, backward, Work(products=weights))

@@ -13,7 +13,6 @@ import torch.distributed as dist
 
 from fused_megatron.config import TrainConfig
 from fused_megatron.observe.free_memory import memory_bytes
-from fused_megatron.planning.prediction.block_time import product_s
 from fused_megatron.planning.prediction.calibration import Observation, fit
 from fused_megatron.planning.prediction.cluster import Cluster, Fitted
 from fused_megatron.planning.prediction.engine import OWN
@@ -30,6 +29,7 @@ from fused_megatron.planning.prediction.measured_steps import (
     start_rank,
     steps_on_rank,
 )
+from fused_megatron.planning.prediction.product_time import linear_s
 from fused_megatron.planning.prediction.shared_cores import with_threads
 from fused_megatron.planning.prediction.step_time import predict_step
 from fused_megatron.planning.prediction.transfer_time import Ring
@@ -210,9 +210,7 @@ def _observation(kind: str, label: str, seconds: float, predicted: Callable[[Clu
 
 def _linear_s(size: int, threads: int, shape: tuple[int, int, int], cluster: Cluster) -> float:
     """Predict the three products of a linear layer."""
-    m, n, k = shape
-    shapes = ((m, n, k), (m, k, n), (n, k, m))
-    return sum(product_s(with_threads(cluster, threads), size, 1, *each) for each in shapes)
+    return sum(linear_s(with_threads(cluster, threads), size, 1, *shape))
 
 
 def _memory_s(num_bytes: int, threads: int, cluster: Cluster) -> float:

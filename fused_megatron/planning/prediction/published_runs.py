@@ -89,6 +89,9 @@ def _read_grid(row: Row) -> PublishedRun:
         hidden_size=int(row["hidden_size"]),
         num_heads=int(row["num_heads"]),
         seq_len=int(row["seq_len"]),
+        # The program does not pad its vocabulary: a rank has the whole part of 50257 / tp columns.
+        vocab_size=50257 // tp * tp,
+        pad_vocab_size_to_multiple_of=1,
         recompute="full",
     )
     config = _config(model, int(row["global_batch_size"]), int(row["microbatch_size"]), tp=tp, pp=pp, dp=dp)

@@ -114,5 +114,6 @@ def _sizes(sizes: Sequence[float]) -> tuple[float, float, float, float]:
 
 def _workload(config: TrainConfig) -> tuple[object, ...]:
     parallel, training = config.parallel, config.training
-    model = dataclasses.replace(config.model, recompute="none")
+    # Some programs cut a vocabulary that tp does not divide.
+    model = dataclasses.replace(config.model, recompute="none", vocab_size=None)
     return model, parallel.num_ranks, training.global_batch_size

@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 
 from fused_megatron.checks import InputError
+from fused_megatron.planning.parameter_counts import vocabulary_elements
 from fused_megatron.planning.prediction.published_runs import read_runs
 
 PUBLISHED = Path(__file__).parents[3] / "benchmarks/published"
@@ -22,6 +23,7 @@ def test_a_row_of_a_grid(tmp_path):
     assert (parallel.tensor_parallel_size, parallel.pipeline_parallel_size, parallel.data_parallel_size) == (4, 2, 1)
     assert (training.global_batch_size, training.microbatch_size, model.recompute) == (8, 2, "full")
     assert (run.seconds, run.engine) == (0.1606, "megatron-deepspeed")
+    assert vocabulary_elements(model, 4) == 50257 // 4 * 2048
 
 
 def test_each_row_of_table_5_is_two_runs():

@@ -53,3 +53,10 @@ def test_regret_is_of_the_layout_that_is_predicted_to_be_fastest():
 def test_workloads_with_fewer_than_three_layouts_have_no_choice():
     runs = _runs((1, 1, 1)) + _runs((1, 1), ((1, 4), (2, 2)), batch=32)
     assert len(regrets(compare(runs, CLUSTER))) == 1
+
+
+def test_layouts_that_cut_the_vocabulary_differently_are_one_workload():
+    runs = _runs((1, 1, 1))
+    cut = dataclasses.replace(runs[2].config, model=GPTConfig(vocab_size=996))
+    runs[2] = dataclasses.replace(runs[2], config=cut)
+    assert len(regrets(compare(runs, CLUSTER))) == 1
