@@ -217,7 +217,7 @@ def execute(code: str, tree: Path) -> str:
     environment = {**os.environ, "PYTHONPATH": str(tree), "OMP_NUM_THREADS": "1", "COLUMNS": "150", "NO_COLOR": "1"}
     environment["PATH"] = f"{tree / 'bin'}:{Path(sys.executable).parent}:{os.environ['PATH']}"
     command = ["bash", "-e", "-o", "pipefail", "-c", code]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=1200)
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=3600)
     assert done.returncode == 0, f"{code}: exit code {done.returncode}\n{done.stdout[-2000:]}\n{done.stderr[-2000:]}"
     return done.stdout
 
