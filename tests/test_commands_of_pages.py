@@ -2,8 +2,8 @@
 
 The first line of a block says how it is tested: ```sh run (executed), ```sh slow (executed by a slow test),
 ```sh parse: WHY (parsed by the real parsers, because it needs more than this machine), ```sh usage (its options are in
-the help), ```python run (executed), ```python part (compiles, and its names exist). An indented block or one of ```text, right behind
-an executed block, is its output. The site shows blocks without marks (docs/site_hooks.py).
+the help), ```python run (executed), ```python part (compiles, and its names exist). An indented block or one of
+```text, right behind an executed block, is its output. The site shows blocks without marks (docs/site_hooks.py).
 """
 
 import ast
@@ -219,7 +219,7 @@ def execute(code: str, tree: Path) -> str:
     environment = {**os.environ, "PYTHONPATH": str(tree), "OMP_NUM_THREADS": "1", "COLUMNS": "150", "NO_COLOR": "1"}
     environment["PATH"] = f"{tree / 'bin'}:{Path(sys.executable).parent}:{os.environ['PATH']}"
     command = ["bash", "-e", "-o", "pipefail", "-c", code]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=1200)
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=3600)
     assert done.returncode == 0, f"{code}: exit code {done.returncode}\n{done.stdout[-2000:]}\n{done.stderr[-2000:]}"
     return done.stdout
 

@@ -5,7 +5,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 
 import pytest
 import yaml
@@ -86,6 +86,12 @@ def test_outputs_stand_below_their_commands(hooks: ModuleType) -> None:
             hooks.output_of(wrong)
     lines = {line for text in PAGES.values() for line in hooks.lines_of(text)}
     assert len(lines) > 15 and all(line.removeprefix("! ").startswith("fused-megatron ") for line in lines)
+
+
+def test_marks_of_blocks_are_not_shown(hooks: ModuleType) -> None:
+    page = SimpleNamespace(file=SimpleNamespace(src_uri="index.md"))
+    marked = "```sh parse: needs GPUs\nmake x\n```\n```python run\nx\n```\n"
+    assert hooks.on_page_markdown(marked, page, None, []) == "```sh\nmake x\n```\n```python\nx\n```\n"
 
 
 def test_the_page_of_error_messages(hooks: ModuleType) -> None:
