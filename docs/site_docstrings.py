@@ -1,7 +1,7 @@
 """Paragraphs of docstrings on the site: `Communication: bytes ...` stays a paragraph.
 
-griffe reads the docstrings for the site. It takes a paragraph that opens with a word and a colon for a box, and the rest of
-the first line for the title of the box.
+griffe reads the docstrings for the site. It takes a paragraph that opens with a word and a colon for a box, and the
+rest of the first line for the title of the box.
 """
 
 import re

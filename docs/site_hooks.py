@@ -112,7 +112,13 @@ def output_of(line: str) -> str:
     match = re.fullmatch(r"(! )?fused-megatron ([^|]*)(?:\| head -(\d+))?", line)
     if match is None:
         raise RuntimeError(f"a run block has only lines such as `fused-megatron plan ... | head -9`, not {line!r}")
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "COLUMNS": str(WIDTH), "NO_COLOR": "1", "OMP_NUM_THREADS": "1"}
+    environment = {
+        **os.environ,
+        "PYTHONPATH": str(ROOT),
+        "COLUMNS": str(WIDTH),
+        "NO_COLOR": "1",
+        "OMP_NUM_THREADS": "1",
+    }
     command = [sys.executable, "-m", "fused_megatron", *shlex.split(match[2])]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     if done.returncode != (1 if match[1] else 0):
