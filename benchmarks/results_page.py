@@ -1,4 +1,4 @@
-"""Tables of docs/results.md, from the files that `make bench` and its parts wrote into benchmarks/results.
+"""Tables of docs/results.md and docs/schedules.md, from the files that `make bench` and its parts wrote into benchmarks/results.
 
 python benchmarks/results_page.py [--write]
 
@@ -15,20 +15,24 @@ from fused_megatron.benchmarking.side_by_side import BOUND, OURS, Comparison
 
 ROOT = Path(__file__).parents[1]
 PAGE = ROOT / "docs" / "results.md"
+SCHEDULES = ROOT / "docs" / "schedules.md"
 RESULTS = ROOT / "benchmarks" / "results"
 THEMES = {"end_to_end": "training steps", "layers": "layers", "ops": "ops"}
-"""Themes of results files, and the names of the marks in the page."""
+"""Themes of results files, and the names of the marks in docs/results.md."""
 
 
-def tables() -> dict[str, str]:
-    """Return the tables of the page by the names of their marks."""
+def tables() -> dict[Path, dict[str, str]]:
+    """Return the tables of the pages by the names of their marks."""
     found = {}
     for theme, name in THEMES.items():
         (path,) = RESULTS.glob(f"{theme}_*.json")
         results = read_results(path)
         rows = speed_table(results.comparisons) if theme == "ops" else _beside_others(results.comparisons)
-        found[name] = "\n".join([*(_narrow(row) for row in rows), "", _source(results, path)])
-    return found
+        source = ["", _source(results, path)]
+        found[name] = "\n".join([*map(_narrow, rows), *source])
+        if theme == "end_to_end":
+            pipelines = "\n".join([*_beside_torch_pipelining(results.comparisons), *source])
+    return {PAGE: found, SCHEDULES: {"torch pipelining": pipelines}}
 
 
 def _source(results: Results, path: Path) -> str:
@@ -53,6 +57,21 @@ def _beside_others(cases: list[Comparison]) -> list[str]:
     return lines
 
 
+def _beside_torch_pipelining(cases: list[Comparison]) -> list[str]:
+    """Tabulate the pipeline schedules beside torch's engine with the same cut of blocks, and with another."""
+    header = ["schedule", "blocks", "x torch, same cut", "x torch, another cut"]
+    lines = [f"| {' | '.join(header)} | peak MB: ours, torch's same cut, the other |", "|---" * 5 + "|"]
+    for case in cases:
+        if not case.label.startswith("pp="):
+            continue
+        names = [OURS, *(name for name in case.seconds if name != OURS)]
+        (_, same, other), (_, cut, another) = names, (name.rpartition(" ")[2] for name in names)
+        peaks = ", ".join(f"{case.peak_bytes[name] / 1e6:.0f}" for name in names)
+        cells = [f"`{case.label.split()[1]}`", cut, ratio_of(case, same), f"{ratio_of(case, other)}, {another}", peaks]
+        lines.append(f"| {' | '.join(cells)} |")
+    return lines
+
+
 def _narrow(row: str) -> str:
     """Return a row without the spaces that align its columns."""
     cells = [cell.strip() for cell in row.strip("|").split("|")]
@@ -61,11 +80,13 @@ def _narrow(row: str) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--write", action="store_true", help="write the tables into the page")
-    if parser.parse_args().write:
-        write_tables(PAGE, tables())
-    else:
-        print("\n\n".join(tables().values()))
+    parser.add_argument("--write", action="store_true", help="write the tables into the pages")
+    write = parser.parse_args().write
+    for page, found in tables().items():
+        if write:
+            write_tables(page, found)
+        else:
+            print("\n\n".join(found.values()) + "\n")
 
 
 if __name__ == "__main__":
