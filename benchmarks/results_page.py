@@ -1,4 +1,4 @@
-"""Tables of docs/results.md and docs/schedules.md, from the files that `make bench` and its parts wrote into benchmarks/results.
+"""Tables of docs/results.md and docs/schedules.md, from the files that benchmarks wrote into benchmarks/results.
 
 python benchmarks/results_page.py [--write]
 
