@@ -15,6 +15,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from fused_megatron.benchmarking.report.page_tables import write_tables
 from fused_megatron.config import GPTConfig, ParallelConfig, TrainConfig, TrainingConfig
 from fused_megatron.models import StageSpan
 from fused_megatron.observe.model_flops import gpt_step_flops
@@ -243,9 +244,7 @@ def main() -> None:
     if arguments.write:
         RESULTS.parent.mkdir(exist_ok=True)
         RESULTS.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
-        begin, end = "<!-- claims: begin -->\n", "<!-- claims: end -->"
-        head, _, rest = PAGE.read_text(encoding="utf-8").partition(begin)
-        PAGE.write_text(f"{head}{begin}{table(found)}\n{end}{rest.partition(end)[2]}", encoding="utf-8")
+        write_tables(PAGE, {"claims": table(found)})
 
 
 if __name__ == "__main__":

@@ -12,6 +12,8 @@ where its Triton kernels run.
 
 import argparse
 import copy
+import datetime
+import json
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -21,14 +23,16 @@ import torch
 import transformers as hf
 
 import fused_megatron as fm
+from fused_megatron.benchmarking.report.page_tables import write_tables
 from fused_megatron.benchmarking.side_by_side import Rounds, Spread, side_by_side
 from fused_megatron.benchmarking.timing_devices import CpuDevice, CudaDevice
 
 PAGE = Path(__file__).parents[1] / "docs" / "results.md"
-BEGIN, END = "<!-- fused models: begin -->\n", "<!-- fused models: end -->"
+RESULTS = PAGE.parent / "results" / "fused_models.json"
+NAME = "fused models"
+"""Of the marks in the page."""
 COLUMNS = ["model", "ours", "eager / ours [20-80 %]", "compile / ours", "bar: eager >= 1.05x, compile >= 1x"]
 COLUMNS += ["peak MB at 128K: eager, ours", "bar: <= 0.5x", "bf16 error: ours / eager's, loss and worst gradient"]
-HEADER = f"| {' | '.join(COLUMNS)} |\n|{'---|' * len(COLUMNS)}"
 MODELS = {
     "llama": (hf.LlamaConfig, hf.LlamaForCausalLM),
     "qwen3": (hf.Qwen3Config, hf.Qwen3ForCausalLM),
@@ -111,8 +115,8 @@ def liger_of(name: str, model: Any) -> Any:
     return twin
 
 
-def measured(name: str, options: argparse.Namespace, device: Any) -> str:
-    """Measure one model; return its row of the table."""
+def measured(name: str, options: argparse.Namespace, device: Any) -> list[str]:
+    """Measure one model; return its cells of the table."""
     hidden, sequences = (32, 1) if options.quick else (256, 2)
     small, large = (97, 997) if options.quick else (SMALL_VOCABULARY, LARGE_VOCABULARY)
     loss_error, gradient_error = errors(name, device.device)
@@ -136,14 +140,22 @@ def measured(name: str, options: argparse.Namespace, device: Any) -> str:
     peaks = [peak_mb(one, ids, device) for one in (model, fused(model))]
     memory = "met" if peaks[1] <= 0.5 * peaks[0] else "MISSED"
     others = shown.get("compile", "-") + (f"; Liger {shown['Liger']}" if "Liger" in shown else "")
-    row = f"| {name} | {1e3 * ours:.0f} ms | {shown['eager']} | {others} | {bars} | {peaks[0]:.0f}, {peaks[1]:.0f} "
-    return f"{row}| {memory} ({peaks[1] / peaks[0]:.2f}) | {loss_error:.2f}, {gradient_error:.2f} |"
+    row = [name, f"{1e3 * ours:.0f} ms", shown["eager"], others, bars, f"{peaks[0]:.0f}, {peaks[1]:.0f}"]
+    return [*row, f"{memory} ({peaks[1] / peaks[0]:.2f})", f"{loss_error:.2f}, {gradient_error:.2f}"]
 
 
 def _verdict(name: str, ratio: Spread, bar: float) -> str:
     if ratio.median >= bar:
         return f"{name} met"
     return f"{name} {'even' if ratio.high >= bar or ratio.median * 1.1 >= bar else 'MISSED'} ({ratio.median:.2f})"
+
+
+def table(found: dict[str, Any]) -> str:
+    """Return what docs/results/fused_models.json has as a table of Markdown, with a line about its run."""
+    rows = [COLUMNS, ["---"] * len(COLUMNS), *([row[name] for name in COLUMNS] for row in found["rows"])]
+    lines = [f"| {' | '.join(cells)} |" for cells in rows]
+    run = f"{found['threads']} threads, {found['rounds']} rounds, load {found['load at the end']} at the end"
+    return "\n".join([*lines, "", f"`docs/results/fused_models.json`, {found['date']}: {run}."])
 
 
 def main() -> None:
@@ -155,18 +167,21 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=15)
     options = parser.parse_args()
     device = CudaDevice() if torch.cuda.is_available() else CpuDevice()
-    lines = [HEADER]
-    print(HEADER, flush=True)
+    rows = []
     for name in options.models.split(","):
-        lines.append(measured(name, options, device))
-        print(lines[-1], flush=True)
-    load = os.getloadavg()[0]
-    lines.append(f"\n{torch.get_num_threads()} threads, {options.rounds} rounds, load {load:.1f} at the end.")
-    print(lines[-1])
+        rows.append(dict(zip(COLUMNS, measured(name, options, device), strict=True)))
+        print(f"{rows[-1]}", flush=True)
+    found = {
+        "date": datetime.date.today().isoformat(),
+        "threads": torch.get_num_threads(),
+        "rounds": options.rounds,
+        "load at the end": round(os.getloadavg()[0], 1),
+        "rows": rows,
+    }
+    print(table(found))
     if options.write:
-        before, rest = PAGE.read_text(encoding="utf-8").split(BEGIN)
-        table = "\n".join(lines)
-        PAGE.write_text(f"{before}{BEGIN}{table}\n{END}{rest.split(END)[1]}", encoding="utf-8")
+        RESULTS.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+        write_tables(PAGE, {NAME: table(found)})
 
 
 if __name__ == "__main__":

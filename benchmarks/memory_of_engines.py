@@ -17,6 +17,7 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
+from fused_megatron.benchmarking.report.page_tables import write_tables
 from fused_megatron.config import GPTConfig, ParallelConfig, TrainConfig, TrainingConfig
 from fused_megatron.planning.engine_memory import DeviceMemory, device_memory
 from fused_megatron.planning.megatron_tensors import (
@@ -38,7 +39,8 @@ PUBLISHED = Path(__file__).parent / "published" / "tutorial_experiments.csv"
 MEGATRON = "megatron-core"
 UNIT = 1e3 * 2**20
 """Bytes of a GB of the published rows."""
-BEGIN, END = "<!-- memory tables: begin -->\n", "<!-- memory tables: end -->"
+NAME = "memory tables"
+"""Of the marks in the page."""
 
 
 @dataclass(frozen=True)
@@ -104,7 +106,7 @@ def _korthikanti_block(config: TrainConfig) -> float:
 
 def tables() -> str:
     """Return the tables of the page."""
-    return "\n".join([_tensors(), _korthikanti(), _rows()])
+    return "\n".join([_tensors(), _korthikanti(), _rows()]).rstrip("\n")
 
 
 def _tensors() -> str:
@@ -240,8 +242,7 @@ def main() -> None:
         print(tables())
         return
     draw(PICTURE)
-    before, rest = PAGE.read_text(encoding="utf-8").split(BEGIN)
-    PAGE.write_text(f"{before}{BEGIN}{tables()}{END}{rest.split(END)[1]}", encoding="utf-8")
+    write_tables(PAGE, {NAME: tables()})
 
 
 if __name__ == "__main__":

@@ -6,12 +6,12 @@ python benchmarks/planner_errors.py --write --grids DIR     # also the measured 
 
 import argparse
 import dataclasses
-import re
 import statistics
 from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
 
+from fused_megatron.benchmarking.report.page_tables import write_tables
 from fused_megatron.planning.prediction.cluster import load_cluster
 from fused_megatron.planning.prediction.published_runs import read_runs
 from fused_megatron.planning.prediction.validation import (
@@ -100,13 +100,6 @@ def _signed(share: float) -> str:
     return f"{100 * share:+.1f}".replace("-0.0", "+0.0")
 
 
-def between(text: str, name: str) -> str:
-    """Return the table between the marks of this name."""
-    found = re.search(rf"<!-- {name}: begin -->\n(.*?)\n<!-- {name}: end -->", text, re.DOTALL)
-    assert found is not None, f"{PAGE} has no marks {name}"
-    return found[1]
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--write", action="store_true")
@@ -115,13 +108,9 @@ def main() -> None:
     tables = {"errors": table(ROOT / "benchmarks/published", PUBLISHED)}
     if arguments.grids is not None:
         tables["grids"] = table(arguments.grids, GRIDS)
-    text = PAGE.read_text()
-    for name, found in tables.items():
-        print(found + "\n")
-        mark = f"<!-- {name}: begin -->\n"
-        text = text.replace(mark + between(text, name), mark + found)
+    print("\n\n".join(tables.values()))
     if arguments.write:
-        PAGE.write_text(text)
+        write_tables(PAGE, tables)
 
 
 if __name__ == "__main__":

@@ -16,6 +16,7 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
+from fused_megatron.benchmarking.report.page_tables import write_tables
 from fused_megatron.checks import InputError
 from fused_megatron.config import GPTConfig, ParallelConfig, TrainConfig, TrainingConfig
 from fused_megatron.observe.model_flops import gpt_step_flops
@@ -188,12 +189,7 @@ def main() -> None:
     scaling(fits, IMAGES / "planner_scaling.png")
     bars = {n: {k: v[0] for k, v in row.items() if v and v[1] <= CLUSTER.memory_gb} for n, row in by_model.items()}
     comparison(bars, sizes, IMAGES / "planner_comparison.png")
-    text = PAGE.read_text()
-    for name, found in tables.items():
-        begin, end = (f"<!-- {name}: {word} -->\n" for word in ("begin", "end"))
-        head, _, rest = text.partition(begin)
-        text = f"{head}{begin}{found}\n{end}{rest.partition(end)[2]}"
-    PAGE.write_text(text)
+    write_tables(PAGE, tables)
 
 
 if __name__ == "__main__":

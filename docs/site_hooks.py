@@ -91,7 +91,8 @@ def _command(line: str) -> str:
 
 def _wrapped(line: str) -> str:
     """Return a line of an output, with new lines where it is wider than the page, indented to its second column."""
-    if line.startswith("|"):
+    # A row of a table, and of a timeline, stays whole.
+    if line.startswith("|") or len(re.findall(r"\S {2,}\S", line)) > 2:
         return line
     start = re.match(r" *\S+ {2,}| *", line)
     indent = " " * (start.end() if start and start.end() else 2)

@@ -89,7 +89,8 @@ def _draw_statement(axes: Any, statement: CheckedStatement) -> None:
     _name_places(axes, [point.case for point in points])
     axes.set_ylabel(statement.quantity)
     axes.set_title("holds" if statement.holds else "does not hold", fontsize=8)
-    axes.legend(frameon=False, fontsize=7)
+    axes.margins(y=0.2)  # room for the legend above the bars
+    axes.legend(frameon=False, fontsize=7, loc="upper left", ncols=2)
 
 
 def _draw_published(axes: Any, figures: list[PublishedFigure]) -> None:

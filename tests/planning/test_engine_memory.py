@@ -11,6 +11,7 @@ BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 sys.path.insert(0, str(BENCHMARKS))
 import memory_of_engines as tables  # noqa: E402 - of benchmarks
 
+from fused_megatron.benchmarking.report.page_tables import table_between  # noqa: E402 - as above
 from fused_megatron.checks import InputError  # noqa: E402 - as above
 from fused_megatron.config import ParallelConfig  # noqa: E402 - as above
 from fused_megatron.planning.engine_memory import device_memory  # noqa: E402 - as above
@@ -29,7 +30,7 @@ def test_published_runs() -> None:
 
 def test_the_page_shows_these_tables() -> None:
     page = tables.PAGE.read_text(encoding="utf-8")
-    shown = page.split(tables.BEGIN)[1].split(tables.END)[0]
+    shown = table_between(page, tables.NAME)
     assert shown == tables.tables(), "stale: python benchmarks/memory_of_engines.py --write"
 
 

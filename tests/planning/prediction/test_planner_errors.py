@@ -6,6 +6,8 @@ from pathlib import Path
 
 import pytest
 
+from fused_megatron.benchmarking.report.page_tables import table_between
+
 ROOT = Path(__file__).parents[3]
 
 
@@ -21,13 +23,13 @@ def _planner_errors():
 def test_published_table_is_what_is_predicted():
     errors = _planner_errors()
     found = errors.table(ROOT / "benchmarks/published", errors.PUBLISHED)
-    assert errors.between(errors.PAGE.read_text(), "errors") == found
+    assert table_between(errors.PAGE.read_text(), "errors") == found
 
 
 def test_errors_stay_below_the_stated_bars():
     errors = _planner_errors()
     means = {}
-    for line in errors.between(errors.PAGE.read_text(), "errors").splitlines()[2:]:
+    for line in table_between(errors.PAGE.read_text(), "errors").splitlines()[2:]:
         cells = [cell.strip() for cell in line.strip("|").split("|")]
         means[cells[0], cells[1]] = float(cells[3])
     assert means["Korthikanti et al. 2022, table 5", "held out"] <= 4
@@ -42,4 +44,4 @@ def test_measured_grids_are_what_is_predicted():
     if folder is None:
         pytest.skip("FUSED_MEGATRON_MEASURED_STEPS names no folder with the measured grids")
     errors = _planner_errors()
-    assert errors.between(errors.PAGE.read_text(), "grids") == errors.table(Path(folder), errors.GRIDS)
+    assert table_between(errors.PAGE.read_text(), "grids") == errors.table(Path(folder), errors.GRIDS)
