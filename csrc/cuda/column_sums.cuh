@@ -24,9 +24,10 @@ template <int kSlices>
 __global__ void __launch_bounds__(kFinishColumns* kSlices) finish_column_sums(ColumnSums a) {
   FM_SHARED(float, sums, kSlices * kFinishColumns);
   const MutableParameter output = blockIdx.y == 0 ? a.outputs[0] : a.outputs[1];
-  if (output.data == nullptr) return;
   const int lane = threadIdx.x % kFinishColumns, slice = threadIdx.x / kFinishColumns;
   const int64_t column = static_cast<int64_t>(blockIdx.x) * kFinishColumns + lane;
+  FM_WAIT_FOR_KERNEL_BEFORE();
+  if (output.data == nullptr) return;
   float sum = 0.0f;
   if (column < a.width) {
     const float* partials = a.partials + blockIdx.y * a.width + column;
@@ -49,7 +50,7 @@ __global__ void __launch_bounds__(kFinishColumns* kSlices) finish_column_sums(Co
 inline void launch_finish_column_sums(const ColumnSums& a, cudaStream_t stream) {
   const dim3 grid(static_cast<unsigned>((a.width + kFinishColumns - 1) / kFinishColumns), 2);
   auto* kernel = finish_column_sums<kFinishSlices>;
-  FM_LAUNCH(kernel, grid, dim3(kFinishColumns * kFinishSlices), stream, a);
+  FM_LAUNCH_AFTER(kernel, grid, dim3(kFinishColumns * kFinishSlices), stream, a);
 }
 
 }  // namespace fm

@@ -60,6 +60,7 @@ __global__ void __launch_bounds__(kWarps* kWarpSize)
   FM_SHARED(double, scratch, kWarps);
   const int thread = static_cast<int>(threadIdx.x);
   double sum = 0.0;
+  FM_WAIT_FOR_KERNEL_BEFORE();
   for (int64_t i = thread; i < count; i += kWarps * kWarpSize) sum += sums[i];
   sum = row_sum<kWarps>(sum, scratch, thread / kWarpSize, thread % kWarpSize);
   if (thread == 0) *total = sum;

@@ -32,9 +32,9 @@ Tensor sum_of_squares(std::vector<Tensor> tensors) {
     check_launch("sum_of_squares");
     next += launch.blocks.num_blocks();
   }
-  FM_LAUNCH(finish_sum_of_squares<kFinishWarps>, dim3(1), dim3(kFinishWarps * kWarpSize), stream,
-            static_cast<const double*>(sums.const_data_ptr()), num_sums,
-            static_cast<double*>(total.mutable_data_ptr()));
+  FM_LAUNCH_AFTER(finish_sum_of_squares<kFinishWarps>, dim3(1), dim3(kFinishWarps * kWarpSize), stream,
+                  static_cast<const double*>(sums.const_data_ptr()), num_sums,
+                  static_cast<double*>(total.mutable_data_ptr()));
   check_launch("sum_of_squares");
   return total;
 }
