@@ -27,7 +27,8 @@ class Moment(NamedTuple):
         held: for each stage of the rank, microbatches whose activations are held, without the microbatch of this
             action.
         deferred: for each stage, microbatches between I and W, without the microbatch of this action.
-        first: nothing was accumulated into the gradients of the stage before.
+        ended: for each stage, backwards of earlier actions of the step, at most 2: the buckets that they sent.
+        complete: for each stage, whether earlier actions have completed its gradients.
         last: the action completes the gradients of the stage.
     """
 
@@ -35,7 +36,8 @@ class Moment(NamedTuple):
     stage: int
     held: tuple[int, ...]
     deferred: tuple[int, ...]
-    first: bool
+    ended: tuple[int, ...]
+    complete: tuple[bool, ...]
     last: bool
 
 
@@ -78,7 +80,7 @@ def _fewer(plan: PipelinePlan, num_microbatches: int) -> int:
 def _moments(stages: Sequence[int], actions: Sequence[Action]) -> list[Moment]:
     position = {stage: index for index, stage in enumerate(stages)}
     last = {action.stage: index for index, action in enumerate(actions) if action.kind in ENDS_OF_BACKWARD}
-    held, deferred, begun = [0] * len(stages), [0] * len(stages), set[int]()
+    held, deferred, ended, complete = ([0] * len(stages) for _ in range(4))
     found: dict[Moment, None] = {}
     for index, (stage, kind, _) in enumerate(actions):
         if kind == Kind.UPDATE:
@@ -87,13 +89,14 @@ def _moments(stages: Sequence[int], actions: Sequence[Action]) -> list[Moment]:
         updates = index + 1 < len(actions) and actions[index + 1].kind == Kind.UPDATE
         held[at] -= kind in (Kind.BACKWARD, Kind.INPUT_GRAD)
         deferred[at] -= kind == Kind.WEIGHT_GRAD
-        is_first = kind in ENDS_OF_BACKWARD and stage not in begun
-        moment = Moment(kind, at, tuple(held), tuple(deferred), is_first, updates or index == last[stage])
+        is_last = updates or index == last[stage]
+        moment = Moment(kind, at, tuple(held), tuple(deferred), tuple(ended), tuple(map(bool, complete)), is_last)
         found[moment] = None
         held[at] += kind == Kind.FORWARD
         deferred[at] += kind == Kind.INPUT_GRAD
         if kind in ENDS_OF_BACKWARD:
-            begun.add(stage)
+            ended[at] = min(ended[at] + 1, 2)
+            complete[at] = is_last
     return list(found)
 
 
@@ -115,7 +118,10 @@ def _covers(most: Moment, least: Moment) -> bool:
     return (
         most.kind == least.kind
         and most.stage == least.stage
-        and (most.first, most.last) == (least.first, least.last)
-        and all(a >= b for a, b in zip(most.held, least.held, strict=True))
-        and all(a >= b for a, b in zip(most.deferred, least.deferred, strict=True))
+        and most.last == least.last
+        and all(
+            a >= b
+            for of_most, of_least in zip(most[2:6], least[2:6], strict=True)
+            for a, b in zip(of_most, of_least, strict=True)
+        )
     )
