@@ -22,10 +22,12 @@ class BackwardMoment(NamedTuple):
     Attributes:
         num_bytes: bytes of activations and of temporary tensors.
         made: gradients of weights that are made at it.
+        gathered: elements of weights that are whole or arrive at it, where ZeRO gathers them block by block.
     """
 
     num_bytes: int
     made: Made = NOTHING
+    gathered: int = 0
 
 
 class _Sizes(NamedTuple):
@@ -64,7 +66,7 @@ def block_backward(config: TrainConfig, has_experts: bool, recomputed: bool) -> 
         attention = 3 * sizes.residual + 3 * sizes.query + sizes.keys + 4 * score_bytes(config)
         moments.append(BackwardMoment(max(again + 4 * sizes.residual, attention)))
     of_parts = [*_feed_forward(config, sizes, has_experts), *_attention(config, sizes, has_experts, selective, kept)]
-    return moments + [BackwardMoment(again + num_bytes, made) for num_bytes, made in of_parts]
+    return moments + [BackwardMoment(again + num_bytes, made) for num_bytes, made, _ in of_parts]
 
 
 def _sizes(config: TrainConfig) -> _Sizes:

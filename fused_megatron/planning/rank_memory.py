@@ -19,6 +19,7 @@ from fused_megatron.planning.parameter_counts import (
     stage_parameters,
     vocabulary_elements,
 )
+from fused_megatron.planning.rank_communication import message_bytes
 from fused_megatron.planning.schedule_moments import (
     Moment,
     needs_no_more_than_the_rank_before,
@@ -98,6 +99,7 @@ class _Formulas:
         self._placements, self._shards, self._expert_shards = _sharding(config, dp_size)
         least = round(training.bucket_bytes(config.replica_counts(config.parallel.data_parallel_size or 1)[0]))
         self._sending = Sending(least, self._shards, self._expert_shards, self._placements.gradients)
+        self._gathers_blocks = self._placements.weights and config.parallel.zero_gather == "block"
         self._splits = Kind.INPUT_GRAD in {
             moment.kind for moment in rank_moments(self._plan, self._num_microbatches, 0)
         }
@@ -158,17 +160,16 @@ class _Formulas:
         config = self._config
         size = config.training.element_bytes
         needs = [self._stage(span)[1] for span in spans]
-        always = 0
-        if self._placements.weights:
-            largest = max(_largest_unit(config, span) for span in spans)
-            always += size * (2 * largest if config.parallel.zero_gather == "block" else counts.total)
+        by_step = self._placements.weights and config.parallel.zero_gather != "block"
+        always = size * counts.total if by_step else 0
         activations = most = 0
         for moment in rank_moments(self._plan, self._num_microbatches, rank):
             need = needs[moment.stage]
             held = _held(moment, needs)
             own = need.deferred if moment.kind == Kind.WEIGHT_GRAD else need.kept
             activations = max(activations, held + own)
-            most = max(most, held + always + self._at(moment, spans, need))
+            message = message_bytes(config) if moment.posted else 0
+            most = max(most, held + always + message + self._at(moment, spans, need))
         return activations, most - activations
 
     def _at(self, moment: Moment, spans: Sequence[StageSpan], need: StageBytes) -> int:
@@ -176,6 +177,7 @@ class _Formulas:
         sending = self._sending
         if not sending.copies:
             return need.peak(moment.kind)
+        peak = self._with_gathered(need, moment.kind, spans[moment.stage])
         shares_table = self._shares_table(spans)
         backwards = moment.ended if sending.sharded else tuple(map(int, moment.complete))
         under_way = [self._under_way(span, number, shares_table) for span, number in zip(spans, backwards, strict=True)]
@@ -183,21 +185,32 @@ class _Formulas:
         if shares_table:
             waiting += self._shared_table(min(backwards))
         if moment.kind not in ENDS_OF_BACKWARD or not (moment.last or sending.sharded):
-            return need.peak(moment.kind) + waiting
+            return peak + waiting
         own = under_way[moment.stage]
         sent = send_buckets(self._made(need, shares_table), sending, own, early=not self._splits)
         if moment.kind == Kind.WEIGHT_GRAD:
-            most = max(need.weight_grad + sum(own), sent.at_moments[-1], sent.most_after)
+            most = max(peak + sum(own), sent.at_moments[-1], sent.most_after)
         else:
+            size = self._config.training.element_bytes if self._gathers_blocks else 0
             at_moments = zip(need.moments, sent.at_moments, strict=True)
-            most = max(sent.most_after, *(num_bytes + buckets for (num_bytes, _), buckets in at_moments))
+            needed = [moment.num_bytes + size * moment.gathered + buckets for moment, buckets in at_moments]
+            whole = size * need.moments[-1].gathered * (not self._splits)  # the last bucket leaves in the backward
+            most = max(sent.most_after + whole, *needed)
         return most + waiting - sum(own)
+
+    def _with_gathered(self, need: StageBytes, kind: Kind, span: StageSpan) -> int:
+        """Return the most bytes in an action, with the weights that ZeRO has gathered block by block."""
+        if not self._gathers_blocks:
+            return need.peak(kind)
+        if kind == Kind.FORWARD and need.forward_by_block:
+            return need.forward_by_block
+        return need.peak(kind) + 2 * self._config.training.element_bytes * _largest_unit(self._config, span)
 
     def _made(self, need: StageBytes, shares_table: bool) -> tuple[Made, ...]:
         """Return the gradients that each moment of a backward gives to the buckets of its stage."""
         if not shares_table:
-            return tuple(made for _, made in need.moments)
-        return tuple(NOTHING if made.kind == TABLE else made for _, made in need.moments)
+            return tuple(moment.made for moment in need.moments)
+        return tuple(NOTHING if moment.made.kind == TABLE else moment.made for moment in need.moments)
 
     def _under_way(self, span: StageSpan, backwards: int, shares_table: bool) -> UnderWay:
         """Return the buckets of a stage that were sent and wait for the next ones or for the end of the step."""

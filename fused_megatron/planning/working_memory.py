@@ -1,5 +1,6 @@
 """Formulas for the most memory that the activations and temporary tensors of a stage take, for one microbatch."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -17,7 +18,7 @@ from fused_megatron.planning.activation_memory import (
 )
 from fused_megatron.planning.block_backward import BackwardMoment, block_backward, score_bytes
 from fused_megatron.planning.bucket_memory import BEGUN_TABLE, TABLE, Made
-from fused_megatron.planning.parameter_counts import vocabulary_elements
+from fused_megatron.planning.parameter_counts import block_parameters, vocabulary_elements
 
 # tile_bytes("cuda") of ops/linear_cross_entropy_tile_shape.py, which imports torch.
 _TILE_BYTES = 256 << 20
@@ -33,6 +34,7 @@ class StageBytes:
         forward, backward, input_grad, weight_grad: the most bytes at once inside an action of this kind, with what was
             kept or deferred before.
         moments: moments of the backward, from the head to the embedding.
+        forward_by_block: as forward, with the weights that are whole or arrive where ZeRO gathers them block by block.
     """
 
     kept: int
@@ -42,6 +44,7 @@ class StageBytes:
     input_grad: int
     weight_grad: int
     moments: tuple[BackwardMoment, ...]
+    forward_by_block: int = 0
 
     def peak(self, kind: Kind) -> int:
         """Return the most bytes at once inside an action of this kind."""
@@ -50,11 +53,15 @@ class StageBytes:
 
 
 class BlockBytes(NamedTuple):
-    """Bytes of one microbatch in a block: kept for backward, added at the moments of its backward, and deferred."""
+    """Bytes of one microbatch in a block: kept for backward, added at the moments of its backward, and deferred.
+
+    And the number of its parameters.
+    """
 
     kept: int
     backward: list[BackwardMoment]
     deferred: int
+    parameters: int
 
 
 KnownBlocks = dict[tuple[bool, bool], BlockBytes]
@@ -80,32 +87,52 @@ def stage_bytes(config: TrainConfig, span: StageSpan, known: KnownBlocks | None 
             kept_by_block(config, *kind),
             block_backward(config, kind[1], kind[0] and model.recompute == "full"),
             block_deferred(config, kind[1]),
+            block_parameters(model, config.parallel, kind[1]).total,
         )
     kept = sum(of_kind[kind].kept for kind in kinds) + kept_by_ends(config, span)
     # Before the backward of the last block, the loss's tensors and the final norm have gone.
-    before = kept - (loss_activations(config) if span.last else 0)
-    moments = _head_moments(config, span, kept, before)
-    input_grad = max(num_bytes for num_bytes, _ in moments)
+    of_blocks = before = kept - (loss_activations(config) if span.last else 0)
+    units = [of_kind[kind].parameters for kind in kinds]
+    moments = _head_moments(config, span, kept, before, units[-1] if units else 0)
+    input_grad = max(moment.num_bytes for moment in moments)
     deferred = 0  # of the blocks whose INPUT_GRAD is through
-    for kind in reversed(kinds):
-        of_block, of_backward, later = of_kind[kind]
-        moments += [BackwardMoment(before + num_bytes, made) for num_bytes, made in of_backward]
-        input_grad = max(input_grad, before + deferred + max(num_bytes for num_bytes, _ in of_backward))
+    for index, kind in reversed(list(enumerate(kinds))):
+        of_block, of_backward, later, unit = of_kind[kind]
+        gathered = unit + (units[index - 1] if index else 0)  # the block before arrives meanwhile
+        moments += [BackwardMoment(before + num_bytes, made, gathered) for num_bytes, made, _ in of_backward]
+        input_grad = max(input_grad, before + deferred + max(moment.num_bytes for moment in of_backward))
         before -= of_block
         deferred += later
-    moments += _embedding_moments(config, span, before)
-    deferred += before
-    head = head_working(config) if span.last else 0
-    forward = kept + max(head, residual)
+    moments += _embedding_moments(config, span, before, units[0] if units else 0)
+    deferred += before + (0 if span.first else 2 * residual)  # the stage's input, and its gradient
+    in_blocks = of_blocks + residual
     if blocks and (scores := score_bytes(config)):
-        forward = max(
-            forward, kept - (loss_activations(config) if span.last else 0) + _scores_in_forward(config, scores)
-        )
-    backward = max(num_bytes for num_bytes, _ in moments)
-    return StageBytes(kept, deferred, forward, backward, max(input_grad, deferred), deferred, tuple(moments))
+        in_blocks = max(in_blocks, of_blocks + _scores_in_forward(config, scores))
+    in_head = kept + (head_working(config) if span.last else 2 * residual)  # the result, and the copy that is sent
+    return StageBytes(
+        kept,
+        deferred,
+        forward=max(in_blocks, in_head),
+        backward=max(moment.num_bytes for moment in moments),
+        input_grad=max(input_grad, deferred),
+        weight_grad=deferred,
+        moments=tuple(moments),
+        forward_by_block=_with_units(config, span, in_blocks, in_head, units),
+    )
 
 
-def _head_moments(config: TrainConfig, span: StageSpan, kept: int, before: int) -> list[BackwardMoment]:
+def _with_units(config: TrainConfig, span: StageSpan, in_blocks: int, in_head: int, units: Sequence[int]) -> int:
+    """Return the most bytes of a forward with the weights that ZeRO has gathered: of a block and of the next unit."""
+    table = vocabulary_elements(config.model, config.parallel.tensor_parallel_size) if span.last else 0
+    in_last = (units[-1] if units else 0) + table
+    before_last = sum(units[-2:]) if len(units) > 1 else 0
+    size, kept = config.training.element_bytes, kept_by_block(config, False, config.model.has_experts(span.stop - 1))
+    return max(in_blocks + size * in_last, in_blocks - kept + size * before_last, in_head + size * table)
+
+
+def _head_moments(
+    config: TrainConfig, span: StageSpan, kept: int, before: int, last_block: int
+) -> list[BackwardMoment]:
     """Return the moments of a backward before its blocks: of the head and the final norm."""
     model = config.model
     size, _, own = element_and_token_sizes(config)
@@ -116,23 +143,29 @@ def _head_moments(config: TrainConfig, span: StageSpan, kept: int, before: int) 
     kind = BEGUN_TABLE if span.first and model.tied_embeddings else TABLE
     norm = model.hidden_size * (1 if model.normalization == "rms_norm" else 2)
     gradient = 4 * own * model.hidden_size
-    return [BackwardMoment(kept, Made(table, kind)), BackwardMoment(before + 2 * residual + gradient, Made(norm))]
+    return [
+        BackwardMoment(kept, Made(table, kind), gathered=table),
+        BackwardMoment(before + 2 * residual + gradient, Made(norm), gathered=last_block),
+    ]
 
 
-def _embedding_moments(config: TrainConfig, span: StageSpan, before: int) -> list[BackwardMoment]:
-    """Return the moments of a backward after its blocks: of the embedding, and of the stage's input."""
+def _embedding_moments(config: TrainConfig, span: StageSpan, before: int, first_block: int) -> list[BackwardMoment]:
+    """Return the moments of a backward after its blocks: of the embedding, and of the stage's input.
+
+    The weights of the first block stay whole to the end of the backward.
+    """
     model, parallel = config.model, config.parallel
     size, tokens, own = element_and_token_sizes(config)
     residual = size * own * model.hidden_size
     if not span.first:
-        return [BackwardMoment(before + 2 * residual)]
+        return [BackwardMoment(before + 2 * residual, gathered=first_block)]
     positions = (model.position == "learned") * model.seq_len * model.hidden_size
     table = vocabulary_elements(model, parallel.tensor_parallel_size)
     gathered = (size * tokens * model.hidden_size) * (2 if parallel.sequence_parallel else 1)
     return [
-        BackwardMoment(before + residual + gathered, Made(positions)),
-        BackwardMoment(before + residual + gathered, Made(table, TABLE)),
-        BackwardMoment(before),
+        BackwardMoment(before + residual + gathered, Made(positions), first_block),
+        BackwardMoment(before + residual + gathered, Made(table, TABLE), first_block),
+        BackwardMoment(before, gathered=first_block),
     ]
 
 
@@ -165,11 +198,11 @@ def block_deferred(config: TrainConfig, has_experts: bool) -> int:
     size, tokens, own = element_and_token_sizes(config)
     query = model.num_heads // ranks * model.head_size
     keys = 2 * max(1, model.kv_heads // ranks) * model.head_size
-    shard = own if config.parallel.sequence_parallel else 0
+    shard = own if config.parallel.sequence_parallel else 0  # of each gathered input: the norm's output
     attention = size * ((2 * tokens + shard) * model.hidden_size + tokens * (2 * query + keys))
     if has_experts:
         return attention + deferred_by_experts(config)
-    return attention + size * (2 * tokens * model.hidden_size + deferred_mlp_elements(config, model.ffn_size))
+    return attention + size * ((2 * tokens + shard) * model.hidden_size + deferred_mlp_elements(config, model.ffn_size))
 
 
 def _scores_in_forward(config: TrainConfig, scores: int) -> int:
