@@ -66,6 +66,8 @@ def block_activations(config: TrainConfig, selective: bool, has_experts: bool) -
     norms = model.query_key_norm * (2 if model.query_key_norm_over == "all_heads" else 1)
     statistics += 4 * tokens * (heads + kv_heads) * (norms == 2)
     context_parallel = config.parallel.context_parallel_size > 1
+    if context_parallel and "all_to_all" in config.parallel.context_parallel_method:
+        elements += tokens * query  # the result of the kernel, beside its part that came back
     if not selective and model.stores_scores and not context_parallel:
         elements += tokens * (3 * query + (query + 2 * key) * model.query_key_norm + 2 * heads * model.seq_len)
     else:

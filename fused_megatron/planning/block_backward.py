@@ -5,6 +5,8 @@ from typing import NamedTuple
 from fused_megatron.config import TrainConfig
 from fused_megatron.planning.activation_memory import (
     block_activations,
+    deferred_by_experts,
+    deferred_mlp_elements,
     element_and_token_sizes,
     expert_activations,
     mlp_elements,
@@ -30,6 +32,20 @@ class BackwardMoment(NamedTuple):
     gathered: int = 0
 
 
+class BlockMoment(NamedTuple):
+    """A moment of the backward of a block.
+
+    Attributes:
+        num_bytes: bytes beyond what this block and earlier ones keep.
+        made: gradients of weights that are made at it.
+        put_off: bytes that the block has kept for its WEIGHT_GRAD by then, if its gradients of weights are deferred.
+    """
+
+    num_bytes: int
+    made: Made = NOTHING
+    put_off: int = 0
+
+
 class _Sizes(NamedTuple):
     """Bytes of the tensors of a block.
 
@@ -51,22 +67,22 @@ class _Sizes(NamedTuple):
     dropped: int
 
 
-def block_backward(config: TrainConfig, has_experts: bool, recomputed: bool) -> list[BackwardMoment]:
-    """Return the moments of the backward of a block; their bytes count beyond what this block and earlier ones keep.
+def block_backward(config: TrainConfig, has_experts: bool, recomputed: bool) -> list[BlockMoment]:
+    """Return the moments of the backward of a block.
 
     A recomputed block kept its input; backward makes the rest again.
     """
     sizes = _sizes(config)
     selective = config.model.recompute == "selective"
     kept = block_activations(config, selective, has_experts)
-    moments: list[BackwardMoment] = []
+    moments: list[BlockMoment] = []
     again = 0
     if recomputed:  # checkpoint holds the results of both parts and of the block until all is made again
         again = kept - sizes.residual
         attention = 3 * sizes.residual + 3 * sizes.query + sizes.keys + 4 * score_bytes(config)
-        moments.append(BackwardMoment(max(again + 4 * sizes.residual, attention)))
+        moments.append(BlockMoment(max(again + 4 * sizes.residual, attention)))
     of_parts = [*_feed_forward(config, sizes, has_experts), *_attention(config, sizes, has_experts, selective, kept)]
-    return moments + [BackwardMoment(again + num_bytes, made) for num_bytes, made, _ in of_parts]
+    return moments + [moment._replace(num_bytes=again + moment.num_bytes) for moment in of_parts]
 
 
 def _sizes(config: TrainConfig) -> _Sizes:
@@ -85,7 +101,7 @@ def _sizes(config: TrainConfig) -> _Sizes:
     )
 
 
-def _feed_forward(config: TrainConfig, sizes: _Sizes, has_experts: bool) -> list[BackwardMoment]:
+def _feed_forward(config: TrainConfig, sizes: _Sizes, has_experts: bool) -> list[BlockMoment]:
     """Return the moments of the backward of an MLP, or of experts."""
     model, parallel = config.model, config.parallel
     residual = sizes.residual
@@ -94,8 +110,8 @@ def _feed_forward(config: TrainConfig, sizes: _Sizes, has_experts: bool) -> list
         working = 4 * sizes.whole + rows * (parallel.expert_tensor_parallel_size + 3)
         experts = block_parameters(model, parallel, has_experts)
         return [
-            BackwardMoment(working, Made(experts.experts, EXPERTS)),
-            BackwardMoment(2 * residual - expert_activations(config), Made(_dense_beside_attention(config))),
+            BlockMoment(working, Made(experts.experts, EXPERTS)),
+            BlockMoment(2 * residual - expert_activations(config), Made(_dense_beside_attention(config))),
         ]
     size, tokens, _ = element_and_token_sizes(config)
     ranks, width = parallel.tensor_parallel_size, model.ffn_size
@@ -105,21 +121,20 @@ def _feed_forward(config: TrainConfig, sizes: _Sizes, has_experts: bool) -> list
     bias = model.linear_biases * model.hidden_size
     down_made = Made(model.hidden_size * (width // ranks) + bias)
     up_made = Made((model.hidden_size + model.linear_biases) * expansion_features(model, width, ranks))
+    result = sizes.gathered or sizes.dropped  # the gradient of the result, unless it is the stream's own
     if kept == up:  # the fused MLP makes the activation again, and its products overlap
         first = residual + up + down + sizes.gathered
         second = residual + up + sizes.gathered + sizes.whole
-        return [BackwardMoment(first, down_made), BackwardMoment(second, up_made)]
+        return [BlockMoment(first, down_made), BlockMoment(second, up_made)]
     return [
-        BackwardMoment(residual + sizes.dropped + sizes.gathered + down, down_made),
-        BackwardMoment(residual + up),
-        BackwardMoment(residual - down + sizes.to_input, up_made),
-        BackwardMoment(2 * residual - kept, Made(_norm(config))),
+        BlockMoment(residual + sizes.dropped + sizes.gathered + down, down_made),
+        BlockMoment(residual + up, put_off=result + down),
+        BlockMoment(residual - down + sizes.to_input, up_made, put_off=result + down),
+        BlockMoment(2 * residual - kept, Made(_norm(config)), put_off=deferred_mlp(config)),
     ]
 
 
-def _attention(
-    config: TrainConfig, sizes: _Sizes, has_experts: bool, selective: bool, kept: int
-) -> list[BackwardMoment]:
+def _attention(config: TrainConfig, sizes: _Sizes, has_experts: bool, selective: bool, kept: int) -> list[BlockMoment]:
     """Return the moments of the backward of attention, when the feed-forward has let go of what it kept.
 
     Args:
@@ -139,11 +154,14 @@ def _attention(
     scores = score_bytes(config)
     if scores:
         working = max(working, query + 4 * scores if selective else scores)
+    put_off = deferred_by_experts(config) if has_experts else deferred_mlp(config)
+    of_projection = sizes.whole + query
+    to_input = 3 * residual - kept + query + sizes.keys + sizes.to_input
     return [
-        BackwardMoment(before + sizes.dropped + sizes.gathered + query, projection),
-        BackwardMoment(before + query + working),
-        BackwardMoment(3 * residual - kept + query + sizes.keys + sizes.to_input, Made((hidden + qkv_bias) * features)),
-        BackwardMoment(4 * residual - kept, Made(_norm(config))),
+        BlockMoment(before + sizes.dropped + sizes.gathered + query, projection, put_off),
+        BlockMoment(before + query + working, put_off=put_off + (of_projection if selective else sizes.whole)),
+        BlockMoment(to_input, Made((hidden + qkv_bias) * features), put_off + of_projection),
+        BlockMoment(4 * residual - kept, Made(_norm(config)), put_off + of_projection),
     ]
 
 
@@ -180,6 +198,18 @@ def score_bytes(config: TrainConfig) -> int:
         return 0
     size, tokens, _ = element_and_token_sizes(config)
     return size * tokens * model.seq_len * (model.num_heads // parallel.tensor_parallel_size)
+
+
+def deferred_mlp(config: TrainConfig) -> int:
+    """Compute the bytes of an MLP between INPUT_GRAD and WEIGHT_GRAD: operands of products and their gradients.
+
+    With sequence parallelism the gathered input stays beside the norm's output; gradients of results are whole.
+    """
+    size, tokens, own = element_and_token_sizes(config)
+    shard = own if config.parallel.sequence_parallel else 0
+    return size * (
+        (2 * tokens + shard) * config.model.hidden_size + deferred_mlp_elements(config, config.model.ffn_size)
+    )
 
 
 def _norm(config: TrainConfig) -> int:

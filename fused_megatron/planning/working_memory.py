@@ -9,14 +9,19 @@ from fused_megatron.models import StageSpan
 from fused_megatron.pipeline.schedule.action import Kind
 from fused_megatron.planning.activation_memory import (
     deferred_by_experts,
-    deferred_mlp_elements,
     element_and_token_sizes,
     kept_by_block,
     kept_by_ends,
     loss_activations,
     mlp_elements,
 )
-from fused_megatron.planning.block_backward import BackwardMoment, block_backward, score_bytes
+from fused_megatron.planning.block_backward import (
+    BackwardMoment,
+    BlockMoment,
+    block_backward,
+    deferred_mlp,
+    score_bytes,
+)
 from fused_megatron.planning.bucket_memory import BEGUN_TABLE, TABLE, Made
 from fused_megatron.planning.parameter_counts import block_parameters, vocabulary_elements
 
@@ -59,7 +64,7 @@ class BlockBytes(NamedTuple):
     """
 
     kept: int
-    backward: list[BackwardMoment]
+    backward: list[BlockMoment]
     deferred: int
     parameters: int
 
@@ -100,7 +105,8 @@ def stage_bytes(config: TrainConfig, span: StageSpan, known: KnownBlocks | None 
         of_block, of_backward, later, unit = of_kind[kind]
         gathered = unit + (units[index - 1] if index else 0)  # the block before arrives meanwhile
         moments += [BackwardMoment(before + num_bytes, made, gathered) for num_bytes, made, _ in of_backward]
-        input_grad = max(input_grad, before + deferred + max(moment.num_bytes for moment in of_backward))
+        needed = max(num_bytes + put_off for num_bytes, _, put_off in of_backward)
+        input_grad = max(input_grad, before + deferred + needed)
         before -= of_block
         deferred += later
     moments += _embedding_moments(config, span, before, units[0] if units else 0)
@@ -198,11 +204,11 @@ def block_deferred(config: TrainConfig, has_experts: bool) -> int:
     size, tokens, own = element_and_token_sizes(config)
     query = model.num_heads // ranks * model.head_size
     keys = 2 * max(1, model.kv_heads // ranks) * model.head_size
-    shard = own if config.parallel.sequence_parallel else 0  # of each gathered input: the norm's output
+    shard = own if config.parallel.sequence_parallel else 0
     attention = size * ((2 * tokens + shard) * model.hidden_size + tokens * (2 * query + keys))
     if has_experts:
         return attention + deferred_by_experts(config)
-    return attention + size * ((2 * tokens + shard) * model.hidden_size + deferred_mlp_elements(config, model.ffn_size))
+    return attention + deferred_mlp(config)
 
 
 def _scores_in_forward(config: TrainConfig, scores: int) -> int:
