@@ -10,7 +10,7 @@ from weakref import WeakSet
 import torch
 import torch.distributed as dist
 
-from fused_megatron.collectives.groups import group_rank, group_size
+from fused_megatron.collectives.groups import group_rank, group_size, is_fake
 from fused_megatron.collectives.together import sum_over_ranks_
 from fused_megatron.collectives.transfers import Transfer
 from fused_megatron.collectives.transport.select import Work, gather_sizes, start, start_exchange
@@ -52,6 +52,11 @@ def start_message(
         buffers.append(buffer)
         if buffer.numel():
             messages.append(dist.P2POp(operation, buffer, group=group, group_peer=peer))
+    if is_fake(group):  # a batch asks for the backend of meta tensors, which a fake group does not have
+        for message in messages:
+            of_peer = {"group_src" if message.op is dist.irecv else "group_dst": message.group_peer}
+            message.op(message.tensor, group=group, **of_peer)
+        return Transfer((), tuple(buffers))
     works: Sequence[Work] = dist.batch_isend_irecv(messages) if messages else ()
     return Transfer(works, tuple(buffers))
 

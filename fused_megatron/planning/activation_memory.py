@@ -18,7 +18,7 @@ def kept_by_block(config: TrainConfig, recomputed: bool, has_experts: bool) -> i
                                twice more, and 4 T (N + G) / R bytes, if they are normalized over all heads
         T N D / R              input of the projection, which is the result of the attention kernel
         T F' / R               input of the activation; and its output T F / R without overlap (R = 1, or overlap=False)
-        (_expert_activations)   instead of the last line, in a block with experts
+        (expert_activations)   instead of the last line, in a block with experts
         T' H                   instead of all of the above if recompute="full" recomputes the block
 
     and 4 T N / R bytes of statistics of the attention kernel, unless recompute="selective" recomputes it. Attention
@@ -66,12 +66,14 @@ def block_activations(config: TrainConfig, selective: bool, has_experts: bool) -
     norms = model.query_key_norm * (2 if model.query_key_norm_over == "all_heads" else 1)
     statistics += 4 * tokens * (heads + kv_heads) * (norms == 2)
     context_parallel = config.parallel.context_parallel_size > 1
+    if context_parallel and "all_to_all" in config.parallel.context_parallel_method:
+        elements += tokens * query  # the result of the kernel, beside its part that came back
     if not selective and model.stores_scores and not context_parallel:
         elements += tokens * (3 * query + (query + 2 * key) * model.query_key_norm + 2 * heads * model.seq_len)
     else:
         elements += tokens * (query + 2 * key + (query + key) * norms)
         statistics += 4 * tokens * heads * (not selective)
-    return size * elements + statistics + (_expert_activations(config) if has_experts else 0)
+    return size * elements + statistics + (expert_activations(config) if has_experts else 0)
 
 
 def _order_of_sent_tokens(config: TrainConfig) -> int:
@@ -94,7 +96,7 @@ def _keeps_activation(config: TrainConfig) -> bool:
     return config.parallel.tensor_parallel_size == 1 or config.parallel.whole_products
 
 
-def _expert_activations(config: TrainConfig) -> int:
+def expert_activations(config: TrainConfig) -> int:
     """Compute the bytes that a mixture of experts keeps for backward, without its input; routes are balanced.
 
     With T tokens that this rank brings and N = K T etp rows of its experts (kept_by_block states the shapes):
@@ -160,7 +162,7 @@ def deferred_by_experts(config: TrainConfig) -> int:
         shared = deferred_mlp_elements(config, model.shared_ffn_size) - mlp_elements(config, model.shared_ffn_size)
         whole = 2 if parallel.sequence_parallel else int(ep * etp > 1)
         elements += shared + whole * tokens * model.hidden_size
-    return size * elements + _expert_activations(config)
+    return size * elements + expert_activations(config)
 
 
 def element_and_token_sizes(config: TrainConfig) -> tuple[int, int, int]:

@@ -9,6 +9,8 @@ from dataclasses import dataclass, replace
 
 from fused_megatron.config import ParallelConfig, TrainConfig
 from fused_megatron.models import StageSpan
+from fused_megatron.planning.block_backward import BackwardMoment, block_backward
+from fused_megatron.planning.bucket_memory import Made
 from fused_megatron.planning.megatron_tensors import (
     FIRST,
     LAST,
@@ -18,10 +20,11 @@ from fused_megatron.planning.megatron_tensors import (
     logits_bytes,
     sizes_of,
 )
+from fused_megatron.planning.parameter_counts import block_parameters
 from fused_megatron.planning.prediction.cluster import Cluster
 from fused_megatron.planning.prediction.engine import OWN, engine_of
 from fused_megatron.planning.rank_memory import RankMemory, rank_memory
-from fused_megatron.planning.working_memory import StageBytes, block_backward
+from fused_megatron.planning.working_memory import StageBytes
 
 CONTEXT_BYTES = int(1.3e9)
 """CUDA context, kernels of torch, cuBLAS, cuDNN and Transformer Engine, and workspaces of products."""
@@ -167,10 +170,19 @@ def _megatron_stage(config: TrainConfig, span: StageSpan, fused: bool) -> StageB
     kept = sum(blocks) + (kept_bytes(FIRST, config, sizes, fused) if span.first else 0)
     again = max((full[kind] - residual for kind in has_experts[:recomputed]), default=0)
     plain = replace(config, model=replace(model, recompute="none", recompute_blocks=None, attention_dropout=0.0))
-    backward = kept + again + max((block_backward(plain, kind, False) for kind in full), default=0)
-    by_block = [sum(blocks[: len(blocks) - index]) + backward - kept for index in range(len(blocks))]
+    working = again + max(
+        (moment.num_bytes for kind in full for moment in block_backward(plain, kind, False)), default=0
+    )
+    backward = kept + working
+    moments = [
+        BackwardMoment(
+            sum(blocks[: len(blocks) - index]) + working,
+            Made(block_parameters(model, config.parallel, has_experts[-1 - index]).total),
+        )
+        for index in range(len(blocks))
+    ]
     if span.last:
         kept += kept_bytes(LAST, config, sizes, fused) + sizes.statistics * sizes.own
         backward = max(backward, kept + logits_bytes(sizes))
     forward = kept + (logits_bytes(sizes) if span.last else 0)
-    return StageBytes(kept, kept, forward, backward, backward, kept, (*by_block, 0))
+    return StageBytes(kept, kept, forward, backward, backward, kept, (*moments, BackwardMoment(0)))

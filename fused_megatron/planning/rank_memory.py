@@ -1,26 +1,26 @@
 """Formulas for the memory that a rank needs in training: weights, gradients, optimizer state, activations."""
 
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from math import gcd
 
 from fused_megatron.assembly.pipeline_plan import PipelinePlan, plan_pipeline, stage_spans
 from fused_megatron.config import TrainConfig
-from fused_megatron.data_parallel.fixed_sizes import BUCKETS_UNDER_WAY, BYTES_PER_ELEMENT
+from fused_megatron.data_parallel.fixed_sizes import BYTES_PER_ELEMENT
 from fused_megatron.data_parallel.placement import ZERO_STAGES, Placements, zero_stage
 from fused_megatron.models import StageSpan
 from fused_megatron.pipeline.schedule.action import ENDS_OF_BACKWARD, Kind, stages_of
+from fused_megatron.planning.block_backward import NOTHING
+from fused_megatron.planning.bucket_memory import TABLE, Made, Sending, UnderWay, send_buckets
 from fused_megatron.planning.optimizer_memory import optimizer_bytes, update_bytes
 from fused_megatron.planning.parameter_counts import (
     ParameterCounts,
-    attention_features,
     block_parameters,
-    expansion_features,
     stage_parameters,
     vocabulary_elements,
 )
+from fused_megatron.planning.rank_communication import message_bytes
 from fused_megatron.planning.schedule_moments import (
-    HOLD_ALL,
     Moment,
     needs_no_more_than_the_rank_before,
     rank_moments,
@@ -97,6 +97,12 @@ class _Formulas:
         self._num_microbatches = training.global_batch_size // training.microbatch_size // dp_size
         self._versions = self._plan.weight_versions()
         self._placements, self._shards, self._expert_shards = _sharding(config, dp_size)
+        least = round(training.bucket_bytes(config.replica_counts(config.parallel.data_parallel_size or 1)[0]))
+        self._sending = Sending(least, self._shards, self._expert_shards, self._placements.gradients)
+        self._gathers_blocks = self._placements.weights and config.parallel.zero_gather == "block"
+        self._splits = Kind.INPUT_GRAD in {
+            moment.kind for moment in rank_moments(self._plan, self._num_microbatches, 0)
+        }
         self._stages: dict[object, tuple[ParameterCounts, StageBytes]] = {}
 
     def of_rank(self, rank: int) -> RankMemory:
@@ -107,8 +113,7 @@ class _Formulas:
         spans = [self._spans[stage] for stage in stages]
         found = [self._stage(span) for span in spans]
         counts = sum((each for each, _ in found), ParameterCounts())
-        if config.model.tied_embeddings and len(spans) > 1 and spans[0].first and spans[-1].last:
-            # The first and the last stage share one table.
+        if self._shares_table(spans):
             table = vocabulary_elements(config.model, config.parallel.tensor_parallel_size)
             counts += ParameterCounts(others=-table)
         own_matrices = -(-counts.matrices // self._shards) + -(-counts.expert_matrices // self._expert_shards)
@@ -155,75 +160,77 @@ class _Formulas:
         config = self._config
         size = config.training.element_bytes
         needs = [self._stage(span)[1] for span in spans]
-        always = 0
-        if self._placements.weights:
-            largest = max(_largest_unit(config, span) for span in spans)
-            always += size * (2 * largest if config.parallel.zero_gather == "block" else counts.total)
-        under_way = [self._under_way(span) for span in spans]
+        by_step = self._placements.weights and config.parallel.zero_gather != "block"
+        always = size * counts.total if by_step else 0
         activations = most = 0
         for moment in rank_moments(self._plan, self._num_microbatches, rank):
             need = needs[moment.stage]
             held = _held(moment, needs)
             own = need.deferred if moment.kind == Kind.WEIGHT_GRAD else need.kept
-            sent = sum(under_way) if self._follows_a_backward(moment) else 0
-            peak = held + need.peak(moment.kind) + always + sent
-            if moment.kind in ENDS_OF_BACKWARD and (moment.last or self._placements.gradients):
-                of_others = sent - under_way[moment.stage] if sent else 0
-                reducing = self._reducing(spans[moment.stage], need, bool(sent))
-                peak = max(peak, held + always + of_others + reducing)
             activations = max(activations, held + own)
-            most = max(most, peak)
+            message = message_bytes(config) if moment.posted else 0
+            most = max(most, held + always + message + self._at(moment, spans, need))
         return activations, most - activations
 
-    def _follows_a_backward(self, moment: Moment) -> bool:
-        """Return whether the stages of the rank have sent sharded gradients of an earlier microbatch."""
-        if self._num_microbatches == 1 or moment.first:
-            return False
-        return moment.kind != Kind.FORWARD or self._plan.name not in HOLD_ALL
+    def _at(self, moment: Moment, spans: Sequence[StageSpan], need: StageBytes) -> int:
+        """Return the most bytes in an action, of its microbatch and of buckets that the rank sends or has sent."""
+        sending = self._sending
+        if not sending.copies:
+            return need.peak(moment.kind)
+        peak = self._with_gathered(need, moment.kind, spans[moment.stage])
+        shares_table = self._shares_table(spans)
+        backwards = moment.ended if sending.sharded else tuple(map(int, moment.complete))
+        under_way = [self._under_way(span, number, shares_table) for span, number in zip(spans, backwards, strict=True)]
+        waiting = sum(map(sum, under_way))
+        if shares_table:
+            waiting += self._shared_table(min(backwards))
+        if moment.kind not in ENDS_OF_BACKWARD or not (moment.last or sending.sharded):
+            return peak + waiting
+        own = under_way[moment.stage]
+        sent = send_buckets(self._made(need, shares_table), sending, own, early=not self._splits)
+        if moment.kind == Kind.WEIGHT_GRAD:
+            most = max(peak + sum(own), sent.at_moments[-1], sent.most_after)
+        else:
+            size = self._config.training.element_bytes if self._gathers_blocks else 0
+            at_moments = zip(need.moments, sent.at_moments, strict=True)
+            needed = [moment.num_bytes + size * moment.gathered + buckets for moment, buckets in at_moments]
+            whole = size * need.moments[-1].gathered * (not self._splits)  # the last bucket leaves in the backward
+            most = max(sent.most_after + whole, *needed)
+        return most + waiting - sum(own)
 
-    def _under_way(self, span: StageSpan) -> int:
-        """Return the bytes of buckets of sharded gradients that a stage sends between two backwards.
+    def _with_gathered(self, need: StageBytes, kind: Kind, span: StageSpan) -> int:
+        """Return the most bytes in an action, with the weights that ZeRO has gathered block by block."""
+        if not self._gathers_blocks:
+            return need.peak(kind)
+        if kind == Kind.FORWARD and need.forward_by_block:
+            return need.forward_by_block
+        return need.peak(kind) + 2 * self._config.training.element_bytes * _largest_unit(self._config, span)
 
-        A bucket is under way until another one needs its place, so the last ones of a microbatch stay through the next
-        actions. Each is there twice, as in _reducing.
-        """
-        if not self._placements.gradients or max(self._shards, self._expert_shards) == 1:
-            return 0
-        whole, bucket = self._gradient_bytes(span)
-        number = -(-whole // bucket) * (1 if self._num_microbatches == 2 else 2) if bucket else 0
-        return 2 * min(number, BUCKETS_UNDER_WAY) * bucket
+    def _made(self, need: StageBytes, shares_table: bool) -> tuple[Made, ...]:
+        """Return the gradients that each moment of a backward gives to the buckets of its stage."""
+        if not shares_table:
+            return tuple(moment.made for moment in need.moments)
+        return tuple(NOTHING if moment.made.kind == TABLE else moment.made for moment in need.moments)
 
-    def _gradient_bytes(self, span: StageSpan) -> tuple[int, int]:
-        """Return the bytes of a stage's gradients, and of a bucket of them."""
-        whole = BYTES_PER_ELEMENT * self._stage(span)[0].total
-        return whole, min(whole, _bucket_bytes(self._config, [span]))
+    def _under_way(self, span: StageSpan, backwards: int, shares_table: bool) -> UnderWay:
+        """Return the buckets of a stage that were sent and wait for the next ones or for the end of the step."""
+        found = UnderWay()
+        for _ in range(backwards):
+            made = self._made(self._stage(span)[1], shares_table)
+            found = send_buckets(made, self._sending, found, early=not self._splits).under_way
+        return found
 
-    def _reducing(self, span: StageSpan, need: StageBytes, follows: bool) -> int:
-        """Return the most bytes of a microbatch in a backward that sends gradients, with the buckets under way.
+    def _shares_table(self, spans: Sequence[StageSpan]) -> bool:
+        """Return whether the first and the last stage are on this rank and share a table, which has its own bucket."""
+        return self._config.model.tied_embeddings and len(spans) > 1 and spans[0].first and spans[-1].last
 
-        A packed copy leaves while its sum arrives. gloo receives the block of every rank; NCCL needs less. Sharded
-        gradients also have a bucket that fills.
-        """
-        config = self._config
-        if max(self._shards, self._expert_shards) == 1:
-            return 0
-        whole, bucket = self._gradient_bytes(span)
-        earlier = (BUCKETS_UNDER_WAY if self._num_microbatches > 2 else -(-whole // bucket)) * bucket if follows else 0
-        through, most = 0, 0
-        if span.last and not (config.model.tied_embeddings and span.first):
-            through = BYTES_PER_ELEMENT * vocabulary_elements(config.model, config.parallel.tensor_parallel_size)
-        for position, num_bytes in enumerate(need.by_block):
-            block = span.stop - 1 - position
-            if block >= span.start:  # the attention part of a backward comes after the products of the MLP
-                has_experts = config.model.has_experts(block)
-                through += BYTES_PER_ELEMENT * block_parameters(config.model, config.parallel, has_experts).total
-            else:
-                through = whole
-            full = whole if through == whole else through // bucket * bucket
-            full = min(earlier + full, BUCKETS_UNDER_WAY * bucket)
-            filling = min(through, bucket) if self._placements.gradients else 0
-            most = max(most, num_bytes + 2 * full + filling)
-        return most
+    def _shared_table(self, backwards: int) -> int:
+        """Return the bytes of the buckets of a table that two stages share, and of the gradient that has begun."""
+        table = Made(vocabulary_elements(self._config.model, self._config.parallel.tensor_parallel_size), TABLE)
+        waits = UnderWay()
+        for _ in range(backwards):
+            waits = send_buckets((table,), self._sending, waits, early=False).under_way
+        return sum(waits) + BYTES_PER_ELEMENT * table.elements * self._sending.sharded
 
 
 def _held(moment: Moment, needs: Sequence[StageBytes]) -> int:
@@ -241,24 +248,6 @@ def _sharding(config: TrainConfig, dp_size: int) -> tuple[Placements, int, int]:
         return placements, 1, 1
     num_copies = replicas // (parallel.zero_shard_size or replicas)
     return placements, replicas // num_copies, of_experts // gcd(num_copies, of_experts)
-
-
-def _bucket_bytes(config: TrainConfig, spans: Iterable[StageSpan]) -> int:
-    """Compute the bytes of a bucket: bucket_mb, or its largest parameter if that is larger."""
-    model, parallel = config.model, config.parallel
-    replicas, _ = config.replica_counts(parallel.data_parallel_size or 1)
-    ranks = parallel.tensor_parallel_size
-    largest = model.hidden_size * max(attention_features(model, ranks))
-    kinds = {model.has_experts(block) for span in spans for block in range(span.start, span.stop)}
-    if False in kinds:
-        largest = max(largest, model.hidden_size * expansion_features(model, model.ffn_size, ranks))
-    if True in kinds:
-        width = expansion_features(model, model.expert_ffn_size, parallel.expert_tensor_parallel_size)
-        local = (model.num_experts or 0) // parallel.expert_parallel_size
-        largest = max(largest, model.hidden_size * local * width)
-    if any(span.first or span.last for span in spans):
-        largest = max(largest, vocabulary_elements(model, ranks))
-    return max(round(config.training.bucket_bytes(replicas)), BYTES_PER_ELEMENT * largest)
 
 
 def _largest_unit(config: TrainConfig, span: StageSpan) -> int:

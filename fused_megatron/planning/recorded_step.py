@@ -72,10 +72,7 @@ def fake_ranks(rank: int, world_size: int) -> Iterator[None]:
         not dist.is_initialized(),
         "a dry run needs a process without a process group (destroy_process_group, or a process of its own)",
     )
-    # Named for each device: by itself "fake" serves no meta tensors, whose backend a message asks for.
-    dist.init_process_group("cpu:fake,cuda:fake,meta:fake", store=FakeStore(), rank=rank, world_size=world_size)
-    # torch does so itself only for one backend, and warns at the end of a group without it.
-    dist.distributed_c10d._get_default_group()._set_default_backend(dist.ProcessGroup.BackendType.CUSTOM)
+    dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=world_size)
     try:
         yield
     finally:

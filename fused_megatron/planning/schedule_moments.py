@@ -27,7 +27,9 @@ class Moment(NamedTuple):
         held: for each stage of the rank, microbatches whose activations are held, without the microbatch of this
             action.
         deferred: for each stage, microbatches between I and W, without the microbatch of this action.
-        first: nothing was accumulated into the gradients of the stage before.
+        ended: for each stage, backwards of earlier actions of the step, at most 2: the buckets that they sent.
+        complete: for each stage, whether earlier actions have completed its gradients.
+        posted: whether memory waits for a message of another rank: of the next computation.
         last: the action completes the gradients of the stage.
     """
 
@@ -35,7 +37,9 @@ class Moment(NamedTuple):
     stage: int
     held: tuple[int, ...]
     deferred: tuple[int, ...]
-    first: bool
+    ended: tuple[int, ...]
+    complete: tuple[bool, ...]
+    posted: bool
     last: bool
 
 
@@ -52,7 +56,7 @@ def rank_moments(plan: PipelinePlan, num_microbatches: int, rank: int) -> tuple[
 def _rank_moments(name: str, placement: tuple[int, ...], num_microbatches: int, rank: int) -> tuple[Moment, ...]:
     most: list[Moment] = []
     # A moment is only covered by one that holds more microbatches in all.
-    moments = _moments(stages_of(placement, rank), _actions(name, placement, num_microbatches)[rank])
+    moments = _moments(placement, rank, _actions(name, placement, num_microbatches)[rank])
     for moment in sorted(moments, key=_num_held, reverse=True):
         if not any(_covers(other, moment) for other in most):
             most.append(moment)
@@ -75,10 +79,11 @@ def _fewer(plan: PipelinePlan, num_microbatches: int) -> int:
     return num_microbatches if num_microbatches <= most else most + (num_microbatches - most) % ranks
 
 
-def _moments(stages: Sequence[int], actions: Sequence[Action]) -> list[Moment]:
+def _moments(placement: tuple[int, ...], rank: int, actions: Sequence[Action]) -> list[Moment]:
+    stages = stages_of(placement, rank)
     position = {stage: index for index, stage in enumerate(stages)}
     last = {action.stage: index for index, action in enumerate(actions) if action.kind in ENDS_OF_BACKWARD}
-    held, deferred, begun = [0] * len(stages), [0] * len(stages), set[int]()
+    held, deferred, ended, complete = ([0] * len(stages) for _ in range(4))
     found: dict[Moment, None] = {}
     for index, (stage, kind, _) in enumerate(actions):
         if kind == Kind.UPDATE:
@@ -87,14 +92,24 @@ def _moments(stages: Sequence[int], actions: Sequence[Action]) -> list[Moment]:
         updates = index + 1 < len(actions) and actions[index + 1].kind == Kind.UPDATE
         held[at] -= kind in (Kind.BACKWARD, Kind.INPUT_GRAD)
         deferred[at] -= kind == Kind.WEIGHT_GRAD
-        is_first = kind in ENDS_OF_BACKWARD and stage not in begun
-        moment = Moment(kind, at, tuple(held), tuple(deferred), is_first, updates or index == last[stage])
+        is_last = updates or index == last[stage]
+        posted = any(_is_received(placement, action) for action in actions[index + 1 : index + 2])
+        moment = Moment(
+            kind, at, tuple(held), tuple(deferred), tuple(ended), tuple(map(bool, complete)), posted, is_last
+        )
         found[moment] = None
         held[at] += kind == Kind.FORWARD
         deferred[at] += kind == Kind.INPUT_GRAD
         if kind in ENDS_OF_BACKWARD:
-            begun.add(stage)
+            ended[at] = min(ended[at] + 1, 2)
+            complete[at] = is_last
     return list(found)
+
+
+def _is_received(placement: tuple[int, ...], action: Action) -> bool:
+    """Return whether the input of an action comes from another rank."""
+    before = action.stage + {Kind.FORWARD: -1, Kind.BACKWARD: 1, Kind.INPUT_GRAD: 1}.get(action.kind, 0)
+    return 0 <= before < len(placement) and placement[before] != placement[action.stage]
 
 
 @lru_cache(maxsize=1024)
@@ -115,7 +130,11 @@ def _covers(most: Moment, least: Moment) -> bool:
     return (
         most.kind == least.kind
         and most.stage == least.stage
-        and (most.first, most.last) == (least.first, least.last)
-        and all(a >= b for a, b in zip(most.held, least.held, strict=True))
-        and all(a >= b for a, b in zip(most.deferred, least.deferred, strict=True))
+        and most.posted >= least.posted
+        and most.last == least.last
+        and all(
+            a >= b
+            for of_most, of_least in zip(most[2:6], least[2:6], strict=True)
+            for a, b in zip(of_most, of_least, strict=True)
+        )
     )

@@ -1,5 +1,6 @@
 """Formulas for the most memory that the activations and temporary tensors of a stage take, for one microbatch."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -7,17 +8,22 @@ from fused_megatron.config import TrainConfig
 from fused_megatron.models import StageSpan
 from fused_megatron.pipeline.schedule.action import Kind
 from fused_megatron.planning.activation_memory import (
-    block_activations,
     deferred_by_experts,
-    deferred_mlp_elements,
     element_and_token_sizes,
     kept_by_block,
     kept_by_ends,
     loss_activations,
     mlp_elements,
 )
-from fused_megatron.planning.parameter_counts import expansion_features, vocabulary_elements
-from fused_megatron.planning.rank_communication import own_tokens
+from fused_megatron.planning.block_backward import (
+    BackwardMoment,
+    BlockMoment,
+    block_backward,
+    deferred_mlp,
+    score_bytes,
+)
+from fused_megatron.planning.bucket_memory import BEGUN_TABLE, TABLE, Made
+from fused_megatron.planning.parameter_counts import block_parameters, vocabulary_elements
 
 # tile_bytes("cuda") of ops/linear_cross_entropy_tile_shape.py, which imports torch.
 _TILE_BYTES = 256 << 20
@@ -32,7 +38,8 @@ class StageBytes:
         deferred: bytes between INPUT_GRAD and WEIGHT_GRAD.
         forward, backward, input_grad, weight_grad: the most bytes at once inside an action of this kind, with what was
             kept or deferred before.
-        by_block: the most bytes at once in the backward of each block, the last one first, and 0 after the backward.
+        moments: moments of the backward, from the head to the embedding.
+        forward_by_block: as forward, with the weights that are whole or arrive where ZeRO gathers them block by block.
     """
 
     kept: int
@@ -41,7 +48,8 @@ class StageBytes:
     backward: int
     input_grad: int
     weight_grad: int
-    by_block: tuple[int, ...]
+    moments: tuple[BackwardMoment, ...]
+    forward_by_block: int = 0
 
     def peak(self, kind: Kind) -> int:
         """Return the most bytes at once inside an action of this kind."""
@@ -50,11 +58,15 @@ class StageBytes:
 
 
 class BlockBytes(NamedTuple):
-    """Bytes of one microbatch in a block: kept for backward, added by its backward at its peak, and deferred."""
+    """Bytes of one microbatch in a block: kept for backward, added at the moments of its backward, and deferred.
+
+    And the number of its parameters.
+    """
 
     kept: int
-    backward: int
+    backward: list[BlockMoment]
     deferred: int
+    parameters: int
 
 
 KnownBlocks = dict[tuple[bool, bool], BlockBytes]
@@ -80,37 +92,107 @@ def stage_bytes(config: TrainConfig, span: StageSpan, known: KnownBlocks | None 
             kept_by_block(config, *kind),
             block_backward(config, kind[1], kind[0] and model.recompute == "full"),
             block_deferred(config, kind[1]),
+            block_parameters(model, config.parallel, kind[1]).total,
         )
     kept = sum(of_kind[kind].kept for kind in kinds) + kept_by_ends(config, span)
     # Before the backward of the last block, the loss's tensors and the final norm have gone.
-    before = kept - (loss_activations(config) if span.last else 0)
-    backward = input_grad = before + residual
-    by_block = []
+    of_blocks = before = kept - (loss_activations(config) if span.last else 0)
+    units = [of_kind[kind].parameters for kind in kinds]
+    moments = _head_moments(config, span, kept, before, units[-1] if units else 0)
+    input_grad = max(moment.num_bytes for moment in moments)
     deferred = 0  # of the blocks whose INPUT_GRAD is through
-    for kind in reversed(kinds):
-        of_block, working, later = of_kind[kind]
-        peak = before + working
-        backward, input_grad = max(backward, peak), max(input_grad, peak + deferred)
+    for index, kind in reversed(list(enumerate(kinds))):
+        of_block, of_backward, later, unit = of_kind[kind]
+        gathered = unit + (units[index - 1] if index else 0)  # the block before arrives meanwhile
+        moments += [BackwardMoment(before + num_bytes, made, gathered) for num_bytes, made, _ in of_backward]
+        needed = max(num_bytes + put_off for num_bytes, _, put_off in of_backward)
+        input_grad = max(input_grad, before + deferred + needed)
         before -= of_block
         deferred += later
-        by_block.append(peak)
-    deferred += before
-    head = head_working(config) if span.last else 0
-    forward = kept + max(head, residual)
+    moments += _embedding_moments(config, span, before, units[0] if units else 0)
+    deferred += before + (0 if span.first else 2 * residual)  # the stage's input, and its gradient
+    in_blocks = of_blocks + residual
     if blocks and (scores := score_bytes(config)):
-        forward = max(
-            forward, kept - (loss_activations(config) if span.last else 0) + _scores_in_forward(config, scores)
-        )
-    return StageBytes(kept, deferred, forward, backward, max(input_grad, deferred), deferred, (*by_block, 0))
+        in_blocks = max(in_blocks, of_blocks + _scores_in_forward(config, scores))
+    in_head = kept + (head_working(config) if span.last else 2 * residual)  # the result, and the copy that is sent
+    return StageBytes(
+        kept,
+        deferred,
+        forward=max(in_blocks, in_head),
+        backward=max(moment.num_bytes for moment in moments),
+        input_grad=max(input_grad, deferred),
+        weight_grad=deferred,
+        moments=tuple(moments),
+        forward_by_block=_with_units(config, span, in_blocks, in_head, units),
+    )
+
+
+def _with_units(config: TrainConfig, span: StageSpan, in_blocks: int, in_head: int, units: Sequence[int]) -> int:
+    """Return the most bytes of a forward with the weights that ZeRO has gathered: of a block and of the next unit."""
+    table = vocabulary_elements(config.model, config.parallel.tensor_parallel_size) if span.last else 0
+    in_last = (units[-1] if units else 0) + table
+    before_last = sum(units[-2:]) if len(units) > 1 else 0
+    size, kept = config.training.element_bytes, kept_by_block(config, False, config.model.has_experts(span.stop - 1))
+    return max(in_blocks + size * in_last, in_blocks - kept + size * before_last, in_head + size * table)
+
+
+def _head_moments(
+    config: TrainConfig, span: StageSpan, kept: int, before: int, last_block: int
+) -> list[BackwardMoment]:
+    """Return the moments of a backward before its blocks: of the head and the final norm."""
+    model = config.model
+    size, _, own = element_and_token_sizes(config)
+    residual = size * own * model.hidden_size
+    if not span.last:
+        return [BackwardMoment(before + residual)]
+    table = vocabulary_elements(model, config.parallel.tensor_parallel_size)
+    kind = BEGUN_TABLE if span.first and model.tied_embeddings else TABLE
+    norm = model.hidden_size * (1 if model.normalization == "rms_norm" else 2)
+    gradient = 4 * own * model.hidden_size
+    return [
+        BackwardMoment(kept, Made(table, kind), gathered=table),
+        BackwardMoment(before + 2 * residual + gradient, Made(norm), gathered=last_block),
+    ]
+
+
+def _embedding_moments(config: TrainConfig, span: StageSpan, before: int, first_block: int) -> list[BackwardMoment]:
+    """Return the moments of a backward after its blocks: of the embedding, and of the stage's input.
+
+    The weights of the first block stay whole to the end of the backward.
+    """
+    model, parallel = config.model, config.parallel
+    size, tokens, own = element_and_token_sizes(config)
+    residual = size * own * model.hidden_size
+    if not span.first:
+        return [BackwardMoment(before + 2 * residual, gathered=first_block)]
+    positions = (model.position == "learned") * model.seq_len * model.hidden_size
+    table = vocabulary_elements(model, parallel.tensor_parallel_size)
+    gathered = (size * tokens * model.hidden_size) * (2 if parallel.sequence_parallel else 1)
+    return [
+        BackwardMoment(before + residual + gathered, Made(positions), first_block),
+        BackwardMoment(before + residual + gathered, Made(table, TABLE), first_block),
+        BackwardMoment(before, gathered=first_block),
+    ]
 
 
 def head_working(config: TrainConfig) -> int:
-    """Compute the bytes of tiles of logits; two of them if vocabulary shards exchange statistics."""
+    """Compute the bytes of the loss beyond what it keeps: tiles of logits, and partial sums of the gradient of hidden.
+
+    A tile has all tokens if it is small enough. Otherwise ranks that exchange statistics have two tiles of half the
+    size. Sequence parallelism gathers hidden; the partial sums arrive whole for a shard.
+    """
     model, ranks = config.model, config.parallel.tensor_parallel_size
-    _, tokens, _ = element_and_token_sizes(config)
-    rows = vocabulary_elements(model, ranks) // model.hidden_size
-    tiles = 2 if ranks > 1 else 1
-    return min(4 * tokens * rows * tiles, 2 * _TILE_BYTES)
+    size, tokens, _ = element_and_token_sizes(config)
+    row_bytes = size * vocabulary_elements(model, ranks) // model.hidden_size
+    if tokens * row_bytes <= _TILE_BYTES:
+        chunk, logits = tokens, tokens * row_bytes
+    else:
+        chunk = max(1, _TILE_BYTES // row_bytes // min(ranks, 2))
+        logits = min(ranks, 2) * chunk * row_bytes
+    if ranks == 1:
+        return logits
+    hidden = size * chunk * model.hidden_size
+    return logits + (3 * hidden + hidden // ranks if config.parallel.sequence_parallel else hidden)
 
 
 def block_deferred(config: TrainConfig, has_experts: bool) -> int:
@@ -126,20 +208,7 @@ def block_deferred(config: TrainConfig, has_experts: bool) -> int:
     attention = size * ((2 * tokens + shard) * model.hidden_size + tokens * (2 * query + keys))
     if has_experts:
         return attention + deferred_by_experts(config)
-    return attention + size * (2 * tokens * model.hidden_size + deferred_mlp_elements(config, model.ffn_size))
-
-
-def score_bytes(config: TrainConfig) -> int:
-    """Compute the bytes of the scores of attention, if they are stored: only with attention dropout.
-
-    Four tensors of this size exist at a time: scores, probabilities, and both again after the mask or in backward. Two
-    of them are kept for backward, unless attention is recomputed.
-    """
-    model, parallel = config.model, config.parallel
-    if not model.stores_scores or parallel.context_parallel_size > 1:
-        return 0
-    size, tokens, _ = element_and_token_sizes(config)
-    return size * tokens * model.seq_len * (model.num_heads // parallel.tensor_parallel_size)
+    return attention + deferred_mlp(config)
 
 
 def _scores_in_forward(config: TrainConfig, scores: int) -> int:
@@ -157,58 +226,3 @@ def _scores_in_forward(config: TrainConfig, scores: int) -> int:
         return 4 * scores + working
     later = 2 * own * model.hidden_size + mlp_elements(config, model.ffn_size)  # and the attention's result
     return (4 if model.recompute == "selective" else 2) * scores + working - size * later - query
-
-
-def block_backward(config: TrainConfig, has_experts: bool, recomputed: bool) -> int:
-    """Compute the bytes that the backward of a block adds at its peak to what the block kept.
-
-    A recomputed block kept its input; backward makes the rest again.
-    """
-    model, parallel = config.model, config.parallel
-    size, tokens, own = element_and_token_sizes(config)
-    ranks = parallel.tensor_parallel_size
-    residual, whole = size * own * model.hidden_size, size * tokens * model.hidden_size
-    selective = recomputed or model.recompute == "selective"
-    again = block_activations(config, recomputed, has_experts) - residual if recomputed else 0
-    query = size * tokens * (model.num_heads // ranks) * model.head_size
-    keys = 2 * size * tokens * max(1, model.kv_heads // ranks) * model.head_size
-    gathered = whole if parallel.sequence_parallel else 0
-    if has_experts:
-        rows = size * model.experts_per_token * own_tokens(config) * model.hidden_size
-        feed_forward = 4 * whole + rows * (parallel.expert_tensor_parallel_size + 3)
-        kept = 0
-    else:
-        up = size * tokens * expansion_features(model, model.ffn_size, ranks)
-        down = size * tokens * (model.ffn_size // ranks)
-        kept = size * mlp_elements(config, model.ffn_size)
-        feed_forward = residual + up + down + gathered - (kept - up)
-        feed_forward = max(feed_forward, residual + up + gathered + whole - (kept - up))
-    attention = 2 * residual + 2 * query + keys + max(query + keys, gathered)
-    if selective and not recomputed:
-        attention += size * tokens * (model.num_heads // ranks)
-    scores = score_bytes(config)
-    attention = max(attention + scores, 2 * residual + _attention_working(config))
-    if scores and selective:
-        attention = max(attention, 4 * scores + residual + query)
-    attention -= kept + residual
-    return again + max(feed_forward, attention)
-
-
-def _attention_working(config: TrainConfig) -> int:
-    """Estimate the bytes of temporary tensors of the backward of context-parallel attention; 0 without it.
-
-    A ring holds two messages, their gradients, and gradients of the own keys in float32. all_gather holds the keys of
-    all ranks, while it gathers them twice, and their gradients in float32. all_to_all holds second copies of query,
-    key, value and context, and gradients of them.
-    """
-    parallel, model = config.parallel, config.model
-    ranks = parallel.context_parallel_size
-    if ranks == 1:
-        return 0
-    size, tokens, _ = element_and_token_sizes(config)
-    query = tokens * (model.num_heads // parallel.tensor_parallel_size) * model.head_size
-    keys = 2 * tokens * max(1, model.kv_heads // parallel.tensor_parallel_size) * model.head_size
-    if parallel.context_parallel_method == "all_gather":
-        return 4 * query + ranks * keys * (2 * size + 4)
-    exchanged = 4 * size * (query + keys) if "all_to_all" in parallel.context_parallel_method else 0
-    return 4 * query + keys * (4 * size + 4) + exchanged

@@ -170,7 +170,7 @@ def test_context_parallel_layouts() -> None:
 
 
 def test_a_ring_of_a_gpu_sends_what_a_ring_of_a_cpu_sends() -> None:
-    """A message of tensors of the meta device: their group needs a backend for them."""
+    """Messages of tensors of the meta device, for which a fake group has no backend."""
     config = config_of(cp=2, microbatches=2, recompute="full")
     on_cpu, on_gpu = (DryRun(config, device).rank(1).transfers for device in ("cpu", "meta"))
     assert on_gpu["send", "cp"] == on_cpu["send", "cp"]
