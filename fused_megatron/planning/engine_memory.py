@@ -185,4 +185,4 @@ def _megatron_stage(config: TrainConfig, span: StageSpan, fused: bool) -> StageB
         kept += kept_bytes(LAST, config, sizes, fused) + sizes.statistics * sizes.own
         backward = max(backward, kept + logits_bytes(sizes))
     forward = kept + (logits_bytes(sizes) if span.last else 0)
-    return StageBytes(kept, kept, forward, backward, backward, kept, (*moments, BackwardMoment(0)))
+    return StageBytes(kept, kept, forward, backward, backward, kept, lambda: (*moments, BackwardMoment(0)))

@@ -1,7 +1,8 @@
 """Formulas for the most memory that the activations and temporary tensors of a stage take, for one microbatch."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import NamedTuple
 
 from fused_megatron.config import TrainConfig
@@ -38,7 +39,7 @@ class StageBytes:
         deferred: bytes between INPUT_GRAD and WEIGHT_GRAD.
         forward, backward, input_grad, weight_grad: the most bytes at once inside an action of this kind, with what was
             kept or deferred before.
-        moments: moments of the backward, from the head to the embedding.
+        make_moments: returns the moments of the backward, from the head to the embedding.
         forward_by_block: as forward, with the weights that are whole or arrive where ZeRO gathers them block by block.
     """
 
@@ -48,8 +49,13 @@ class StageBytes:
     backward: int
     input_grad: int
     weight_grad: int
-    moments: tuple[BackwardMoment, ...]
+    make_moments: Callable[[], tuple[BackwardMoment, ...]]
     forward_by_block: int = 0
+
+    @cached_property
+    def moments(self) -> tuple[BackwardMoment, ...]:
+        """The moments of the backward; a search needs them only of the layouts that it keeps."""
+        return self.make_moments()
 
     def peak(self, kind: Kind) -> int:
         """Return the most bytes at once inside an action of this kind."""
@@ -60,11 +66,13 @@ class StageBytes:
 class BlockBytes(NamedTuple):
     """Bytes of one microbatch in a block: kept for backward, added at the moments of its backward, and deferred.
 
-    And the number of its parameters.
+    And its most bytes in a backward and in an INPUT_GRAD, and the number of its parameters.
     """
 
     kept: int
     backward: list[BlockMoment]
+    most: int
+    most_put_off: int
     deferred: int
     parameters: int
 
@@ -88,28 +96,30 @@ def stage_bytes(config: TrainConfig, span: StageSpan, known: KnownBlocks | None 
     again = model.recomputed_blocks(len(blocks))
     kinds = [(index < again, has_experts) for index, has_experts in enumerate(blocks)]
     for kind in set(kinds) - of_kind.keys():
+        of_backward = block_backward(config, kind[1], kind[0] and model.recompute == "full")
         of_kind[kind] = BlockBytes(
             kept_by_block(config, *kind),
-            block_backward(config, kind[1], kind[0] and model.recompute == "full"),
-            block_deferred(config, kind[1]),
-            block_parameters(model, config.parallel, kind[1]).total,
+            of_backward,
+            most=max(moment.num_bytes for moment in of_backward),
+            most_put_off=max(moment.num_bytes + moment.put_off for moment in of_backward),
+            deferred=block_deferred(config, kind[1]),
+            parameters=block_parameters(model, config.parallel, kind[1]).total,
         )
     kept = sum(of_kind[kind].kept for kind in kinds) + kept_by_ends(config, span)
     # Before the backward of the last block, the loss's tensors and the final norm have gone.
     of_blocks = before = kept - (loss_activations(config) if span.last else 0)
     units = [of_kind[kind].parameters for kind in kinds]
-    moments = _head_moments(config, span, kept, before, units[-1] if units else 0)
-    input_grad = max(moment.num_bytes for moment in moments)
+    head = _head_moments(config, span, kept, before, units[-1] if units else 0)
+    input_grad = backward = max(moment.num_bytes for moment in head)
     deferred = 0  # of the blocks whose INPUT_GRAD is through
-    for index, kind in reversed(list(enumerate(kinds))):
-        of_block, of_backward, later, unit = of_kind[kind]
-        gathered = unit + (units[index - 1] if index else 0)  # the block before arrives meanwhile
-        moments += [BackwardMoment(before + num_bytes, made, gathered) for num_bytes, made, _ in of_backward]
-        needed = max(num_bytes + put_off for num_bytes, _, put_off in of_backward)
-        input_grad = max(input_grad, before + deferred + needed)
-        before -= of_block
-        deferred += later
-    moments += _embedding_moments(config, span, before, units[0] if units else 0)
+    for kind in reversed(kinds):
+        block = of_kind[kind]
+        backward = max(backward, before + block.most)
+        input_grad = max(input_grad, before + deferred + block.most_put_off)
+        before -= block.kept
+        deferred += block.deferred
+    embedding = _embedding_moments(config, span, before, units[0] if units else 0)
+    backward = max(backward, *(moment.num_bytes for moment in embedding))
     deferred += before + (0 if span.first else 2 * residual)  # the stage's input, and its gradient
     in_blocks = of_blocks + residual
     if blocks and (scores := score_bytes(config)):
@@ -119,12 +129,22 @@ def stage_bytes(config: TrainConfig, span: StageSpan, known: KnownBlocks | None 
         kept,
         deferred,
         forward=max(in_blocks, in_head),
-        backward=max(moment.num_bytes for moment in moments),
+        backward=backward,
         input_grad=max(input_grad, deferred),
         weight_grad=deferred,
-        moments=tuple(moments),
+        make_moments=lambda: (*head, *_moments_of_blocks([of_kind[kind] for kind in kinds], of_blocks), *embedding),
         forward_by_block=_with_units(config, span, in_blocks, in_head, units),
     )
+
+
+def _moments_of_blocks(blocks: Sequence[BlockBytes], before: int) -> list[BackwardMoment]:
+    """Return the moments of the backward of all blocks of a stage, the last one first."""
+    moments: list[BackwardMoment] = []
+    for index, block in reversed(list(enumerate(blocks))):
+        gathered = block.parameters + (blocks[index - 1].parameters if index else 0)  # the block before arrives
+        moments += [BackwardMoment(before + num_bytes, made, gathered) for num_bytes, made, _ in block.backward]
+        before -= block.kept
+    return moments
 
 
 def _with_units(config: TrainConfig, span: StageSpan, in_blocks: int, in_head: int, units: Sequence[int]) -> int:
