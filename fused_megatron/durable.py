@@ -5,8 +5,11 @@ import errno
 import os
 import secrets
 import shutil
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+
+from fused_megatron.checks import InputError, check
 
 
 def write_all(descriptor: int, data: memoryview) -> None:
@@ -24,6 +27,24 @@ def new_durable_file(path: Path) -> Iterator[int]:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def check_can_write(name: str, path: Path) -> None:
+    """Raise InputError unless a file can be written at this path: to be called before minutes of work.
+
+    Args:
+        name: of the option, for the message.
+        path: of the file, which may exist.
+    """
+    check(path.absolute().parent.is_dir(), f"{name}={str(path)!r:.80} must be in a folder that exists")
+    check(not path.is_dir(), f"{name}={str(path)!r:.80} must be the name of a file, and is a folder")
+    try:
+        with tempfile.TemporaryFile(dir=path.absolute().parent):
+            pass
+    except OSError as error:
+        raise InputError(
+            f"{name}={str(path)!r:.80} must be in a folder that can be written: {error.strerror}"
+        ) from None
 
 
 def replace_file(path: Path, content: bytes) -> bool:

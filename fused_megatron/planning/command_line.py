@@ -21,13 +21,14 @@ def split_options(
         flags: options without a value; their value in the result is "".
 
     Raises:
-        InputError: an option lacks its value, or a flag has one.
+        InputError: an option lacks its value or is given twice, or a flag has a value.
     """
     found: dict[str, str] = {}
     others, rest = [], list(words)
     while rest:
         word = rest.pop(0)
         name, equals, value = word.partition("=")
+        check(name not in found, f"{name} must be given once, and is given twice: leave one out")
         if name in flags:
             check(not equals, f"{name}={value:.40} must be {name}: it takes no value")
             found[name] = ""

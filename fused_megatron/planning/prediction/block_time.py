@@ -22,7 +22,7 @@ from fused_megatron.planning.prediction.end_of_step import exposed_s, replica_ri
 from fused_megatron.planning.prediction.engine import Engine
 from fused_megatron.planning.prediction.message_work import handled_messages
 from fused_megatron.planning.prediction.product_time import linear_s, product_s
-from fused_megatron.planning.prediction.transfer_time import Ring
+from fused_megatron.planning.prediction.transfer_time import Ring, ring_of
 from fused_megatron.planning.rank_communication import attention_communication, expert_communication_by_axis
 
 _EXPERT_COLLECTIVES = 6
@@ -34,9 +34,20 @@ _CHUNKS = 8
 
 
 class StageTimes:
-    """Work of the stages of a run."""
+    """Work of the stages of a run.
 
-    def __init__(self, config: TrainConfig, cluster: Cluster, engine: Engine) -> None:
+    Args:
+        config, cluster, engine: of the run.
+        shared: work of blocks without what replicas send; runs share it that differ in dp, pp, ZeRO and recomputation.
+    """
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        cluster: Cluster,
+        engine: Engine,
+        shared: dict[tuple[bool, str], tuple[Work, Work, Work]] | None = None,
+    ) -> None:
         self.config, self.cluster, self.engine = config, cluster, engine
         model, parallel = config.model, config.parallel
         self.size = config.training.element_bytes
@@ -45,7 +56,9 @@ class StageTimes:
         self.own_tokens = self.tokens // self.tp if parallel.sequence_parallel else self.tokens
         self.tp_ring = Ring(cluster, self.tp)
         self.hidden = model.hidden_size
+        self._shared = {} if shared is None else shared
         self._blocks: dict[tuple[bool, bool], ActionWork] = {}
+        self._ends: dict[tuple[bool, bool], ActionWork] = {}
 
     def of_stage(self, span: StageSpan) -> ActionWork:
         """Return the work of one microbatch in a stage."""
@@ -83,8 +96,11 @@ class StageTimes:
             yield 1, self._embedding
         if span.last:
             yield 1, self._head
-        if (span.first or span.last) and self._placements.gradients:
-            yield 1, self._sent_by_ends(span)
+        ends = span.first, span.last
+        if any(ends) and self._placements.gradients:
+            if ends not in self._ends:
+                self._ends[ends] = self._sent_by_ends(span)
+            yield 1, self._ends[ends]
         if self.config.parallel.scatters_messages:
             yield 1, self._gathered_messages(span)
         if self.cluster.device == "cpu" and not (span.first and span.last):
@@ -94,10 +110,15 @@ class StageTimes:
         """Return the work of one microbatch in a block."""
         key = (has_experts, recomputed)
         if key not in self._blocks:
-            self._blocks[key] = self._block(has_experts, recomputed)
+            kind = self.config.model.recompute if recomputed else "none"
+            if (has_experts, kind) not in self._shared:
+                self._shared[has_experts, kind] = self._block(has_experts, kind)
+            forward, backward, weights = self._shared[has_experts, kind]
+            self._blocks[key] = ActionWork(*self._with_gathers(forward, backward, *key), weights)
         return self._blocks[key]
 
-    def _block(self, has_experts: bool, recomputed: bool) -> ActionWork:
+    def _block(self, has_experts: bool, recompute: str) -> tuple[Work, Work, Work]:
+        """Return the work of forward, of backward, and of its products of weights, without what replicas send."""
         linear = [*self._attention_linears(), *self._mlp(has_experts)]
         attention = self._attention()
         elements = self._elements(has_experts)
@@ -120,22 +141,20 @@ class StageTimes:
             tensor_parallel=self._exposed_syncs(syncs, sum(weights)) + self._gathers_again(syncs),
             host=launch * (self.engine.backward_ops + ops + 2 * extra + added_backward),
         )
-        if recomputed and self.config.model.recompute == "full":
-            backward += forward
-        elif recomputed:
-            backward += attention
+        if recompute != "none":
+            backward += forward if recompute == "full" else attention
         forward, backward = self._with_context(forward, backward, attention)
         forward, backward = self._with_experts(forward, backward, has_experts)
-        return ActionWork(*self._with_gathers(forward, backward, has_experts), Work(products=sum(weights)))
+        return forward, backward, Work(products=sum(weights))
 
     def _added_ops(self) -> tuple[float, float]:
         """Return the ops that the layout adds to a block's forward, and to its backward."""
         parallel, engine = self.config.parallel, self.engine
         ranks = parallel.context_parallel_size
         turns = 0 if ranks == 1 else ranks if parallel.context_parallel_method == "ring" else 2
-        context, gathers = engine.context_ops * turns, engine.unshard_ops * self._gathers_blocks
+        context = engine.context_ops * turns
         shards = 0.0 if self.tp == 1 else engine.sequence_ops if parallel.sequence_parallel else engine.shard_ops
-        return context + gathers + shards, 1.3 * context + 2 * gathers + shards
+        return context + shards, 1.3 * context + shards
 
     def _extra_ops(self, has_experts: bool) -> float:
         """Return the ops of softmax if the engine's fused kernel does not fit, and of experts one after the other."""
@@ -242,7 +261,7 @@ class StageTimes:
         ranks = self.config.parallel.context_parallel_size
         if ranks == 1:
             return forward, backward
-        ring = Ring(self.cluster, ranks, self.tp)
+        ring = ring_of(self.cluster, ranks, self.tp)
         sent = attention_communication(self.config, StageSpan(0, 3, 0, 1), evenly=True)
         seconds = sum(
             ring.gather_s(num_bytes) if kind != "send" else self._sent_around_s(ring, num_bytes)
@@ -274,8 +293,8 @@ class StageTimes:
         etp = self.config.parallel.expert_tensor_parallel_size
         # The etp ranks of a group of experts are neighbours; its ep ranks lie etp ranks apart.
         rings = {
-            "ep": Ring(self.cluster, self.config.parallel.expert_parallel_size, etp),
-            "etp": Ring(self.cluster, etp),
+            "ep": ring_of(self.cluster, self.config.parallel.expert_parallel_size, etp),
+            "etp": ring_of(self.cluster, etp),
         }
         first = self.config.model.expert_blocks[0]
         sent = expert_communication_by_axis(self.config, StageSpan(1, 3, first, first + 1))
@@ -288,7 +307,7 @@ class StageTimes:
             seconds += _EXPERT_COLLECTIVES * ring.latency_s
         return forward + Work(expert_parallel=seconds / 2), backward + Work(expert_parallel=seconds / 2)
 
-    def _with_gathers(self, forward: Work, backward: Work, has_experts: bool) -> tuple[Work, Work]:
+    def _with_gathers(self, forward: Work, backward: Work, has_experts: bool, recomputed: bool) -> tuple[Work, Work]:
         """Add what ZeRO sends in every microbatch, which hides under the computation of a block.
 
         Stages 2 and 3 reduce gradients; stage 3 gathers weights for forward and again for backward.
@@ -297,8 +316,11 @@ class StageTimes:
             return forward, backward
         number = block_parameters(self.config.model, self.config.parallel, has_experts).total
         gather = self._gather_s(number)
-        forward += Work(data_parallel=self.exposed(gather, forward.on_device))
-        backward += Work(data_parallel=self.exposed(gather + self._reduce_s(number), backward.on_device))
+        host = 1e-6 * self.cluster.launch_us * self.engine.unshard_ops * self._gathers_blocks
+        again = 2 + (recomputed and self.config.model.recompute == "full")
+        sent = self.exposed(gather + self._reduce_s(number), backward.on_device)
+        forward += Work(data_parallel=self.exposed(gather, forward.on_device), host=host)
+        backward += Work(data_parallel=sent, host=again * host)
         return forward, backward
 
     def _gathered_messages(self, span: StageSpan) -> ActionWork:

@@ -9,7 +9,7 @@ from typing import Any, Literal
 import torch
 
 from fused_megatron.checks import InputError, check, check_positive
-from fused_megatron.durable import replace_file
+from fused_megatron.durable import check_can_write, replace_file
 from fused_megatron.observe.processor import processor_name
 from fused_megatron.planning.prediction.calibrate import STEPS, Found, Plan, calibrate, machine_name, measure
 from fused_megatron.planning.prediction.calibration import Observation, error_table
@@ -54,7 +54,7 @@ def run_calibrate(arguments: CalibrateArguments, plan: Plan | None = None) -> in
     ranks = arguments.ranks if arguments.ranks is not None else max(2, usable_cores()) if device == "cpu" else gpus
     check_positive("ranks", ranks)
     check(device == "cpu" or ranks <= gpus, f"ranks={ranks} must be at most the {gpus} GPU(s) of this machine")
-    check(arguments.output.parent.is_dir(), f"output={arguments.output} must be in a folder that exists")
+    check_can_write("output", arguments.output)
     if plan is None:
         plan = Plan(device, CPU_SIZES if device == "cpu" else GPU_SIZES, calibration_configs(device, ranks))
     backend = "gloo" if device == "cpu" else "cpu:gloo,cuda:nccl"

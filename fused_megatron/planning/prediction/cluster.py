@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,6 +14,8 @@ from fused_megatron.untrusted_files import convert, parse_toml, read_bounded
 SHIPPED = Path(__file__).parent / "clusters"
 """Folder of the cluster files that come with the package."""
 _MOST_BYTES = 1 << 16
+_LARGEST = 1e15
+"""Bound of all constants, so that no sum of times or sizes overflows."""
 
 
 @dataclass(frozen=True)
@@ -79,7 +80,7 @@ class Cluster:
     network_latency_us: float
     step_ms: float = 0.0
     transfer_overlap: float = 1.0
-    fitted: Fitted | None = None
+    fitted: Fitted | None = dataclasses.field(default=None, hash=False)
 
     def __post_init__(self) -> None:
         check_one_of("device", self.device, ("cuda", "cpu"))
@@ -88,8 +89,8 @@ class Cluster:
             value = getattr(self, name)
             may_be_zero = name.endswith(("_us", "_ms", "_overlap"))
             check(
-                math.isfinite(value) and (value > 0 or (may_be_zero and value == 0)),
-                f"{name}={value} must be {'0 or more' if may_be_zero else 'above 0'}, and finite",
+                value <= _LARGEST and (value > 0 or (may_be_zero and value == 0)),
+                f"{name}={value} must be {'0 or more' if may_be_zero else 'above 0'}, and at most {_LARGEST:g}",
             )
         for name in ("product_efficiency", "attention_efficiency", "transfer_overlap"):
             check(getattr(self, name) <= 1, f"{name}={getattr(self, name)} must be at most 1: a share")

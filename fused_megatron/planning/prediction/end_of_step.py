@@ -4,7 +4,7 @@ from fused_megatron.config import ParallelConfig
 from fused_megatron.data_parallel.placement import ZERO_STAGES, zero_stage
 from fused_megatron.planning.prediction.cluster import Cluster
 from fused_megatron.planning.prediction.engine import Engine
-from fused_megatron.planning.prediction.transfer_time import Ring
+from fused_megatron.planning.prediction.transfer_time import Ring, ring_of
 
 _GLOO_GATHER_PASSES = 30
 """Passes over memory that a gather of gloo is worth: it receives into new pages, which fault, and copies twice."""
@@ -13,7 +13,7 @@ _GLOO_GATHER_PASSES = 30
 def replica_ring(cluster: Cluster, parallel: ParallelConfig) -> Ring:
     """Return the links between replicas of the same weights."""
     replicas = parallel.replicas(parallel.data_parallel_size or 1)
-    return Ring(cluster, min(replicas, parallel.zero_shard_size or replicas), parallel.tensor_parallel_size)
+    return ring_of(cluster, min(replicas, parallel.zero_shard_size or replicas), parallel.tensor_parallel_size)
 
 
 def exposed_s(cluster: Cluster, transfer_s: float, computation_s: float) -> float:
@@ -24,7 +24,7 @@ def exposed_s(cluster: Cluster, transfer_s: float, computation_s: float) -> floa
 def message_s(cluster: Cluster, engine: Engine, parallel: ParallelConfig, num_bytes: int) -> float:
     """Return the seconds of a message of num_bytes to the next stage."""
     stride = parallel.tensor_parallel_size * parallel.replicas(parallel.data_parallel_size or 1)
-    sent = Ring(cluster, parallel.pipeline_parallel_size, stride).message_s(num_bytes)
+    sent = ring_of(cluster, parallel.pipeline_parallel_size, stride).message_s(num_bytes)
     return sent + 1e-6 * cluster.launch_us * engine.message_ops
 
 

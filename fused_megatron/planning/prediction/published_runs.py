@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -53,7 +54,10 @@ def read_runs(path: Path) -> list[PublishedRun]:
         raise InputError(f"validate={path} does not exist") from None
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"validate={path} cannot be read: {error}") from None
-    rows = list(csv.DictReader(io.StringIO(text)))
+    try:
+        rows = list(csv.DictReader(io.StringIO(text)))
+    except csv.Error as error:
+        raise InputError(f"validate={path} must be a CSV file: {error}") from None
     columns = rows[0].keys() if rows else ()
     for needed, read in _SOURCES:
         if set(needed) <= set(columns):
@@ -62,16 +66,31 @@ def read_runs(path: Path) -> list[PublishedRun]:
     raise InputError(f"validate={path} must be a CSV file with rows and the columns {wanted}")
 
 
+class _Cells(dict[str, str]):
+    """A row that knows which of its cells was read last, for messages."""
+
+    last = ""
+
+    def __getitem__(self, name: str) -> str:
+        self.last = name
+        return super().__getitem__(name)
+
+
 def _runs(path: Path, rows: Sequence[Row], read: _Reader) -> list[PublishedRun]:
     found = []
     for index, row in enumerate(rows):
+        cells, where = _Cells(row), f"validate={path}: row {index + 2}"
+        check(None not in row, f"{where} must have a cell for each column, and has more: check its commas and quotes")
         try:
-            run = read(row)
-        except (ValueError, TypeError, KeyError) as error:
-            raise InputError(f"validate={path}: row {index + 2}: {error}") from None
+            run = read(cells)
+        except InputError as error:
+            raise InputError(f"{where}: {error}") from None
+        except (ValueError, TypeError, KeyError, ZeroDivisionError, OverflowError):
+            cell = f"{cells.last}={row.get(cells.last)!r:.40}"
+            raise InputError(f"{where}: {cell} must be a number, or a name that this source has") from None
         for one in run if isinstance(run, list) else [run]:
             if one is not None:
-                check(one.seconds > 0, f"validate={path}: row {index + 2}: the time of the step must be above 0")
+                check(0 < one.seconds < math.inf, f"{where}: the time of the step must be above 0, and finite")
                 found.append(replace(one, digest=f"{crc32(','.join(row.values()).encode()):08x}"))
     check(bool(found), f"validate={path} has no row with a time that can be predicted")
     return found
@@ -84,6 +103,8 @@ def _gpt(**model: object) -> GPTConfig:
 def _read_grid(row: Row) -> PublishedRun:
     """Read a row of a grid of layouts: GPTs under Megatron-DeepSpeed, fp16, every layer recomputed."""
     tp, pp, dp = (int(row[f"{axis}_parallel_size"]) for axis in ("tensor", "pipeline", "data"))
+    gpus = int(row["gpus"])
+    check(gpus == tp * pp * dp > 0, f"gpus={gpus} must be tp x pp x dp = {tp} x {pp} x {dp}, all above 0")
     model = _gpt(
         num_layers=int(row["num_layers"]),
         hidden_size=int(row["hidden_size"]),
@@ -296,7 +317,7 @@ def _config(
 
 
 _SOURCES: tuple[tuple[tuple[str, ...], _Reader], ...] = (
-    (("step_ms", "hidden_size", "tensor_parallel_size", "pipeline_parallel_size"), _read_grid),
+    (("step_ms", "gpus", "hidden_size", "tensor_parallel_size", "pipeline_parallel_size"), _read_grid),
     (("Model", "SeqLen (T)", "Sharding Strategy", "Throughput (T/s)"), _read_foundry),
     (("TFLOPs_per_gpu", "params_B", "TP", "PP"), _read_ptdp),
     (("TFLOPs_per_gpu", "params_B", "scheme", "microbatch"), _read_scaling),

@@ -1,7 +1,7 @@
 """Times of collectives and messages on a cluster."""
 
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 from math import ceil, log2
 
 from fused_megatron.planning.prediction.cluster import Cluster
@@ -88,3 +88,9 @@ class Ring:
         if self.in_node > 1 and self.cluster.device == "cuda":
             return 1e-6 * self.cluster.node_latency_us + num_bytes / (1e9 * self.cluster.node_gb_per_s)
         return 1e-6 * self.cluster.network_latency_us + num_bytes / (1e9 * self.cluster.network_gb_per_s)
+
+
+@lru_cache(maxsize=4096)
+def ring_of(cluster: Cluster, size: int, stride: int = 1) -> Ring:
+    """Return a ring whose speeds are computed once: a search asks for the same few rings very often."""
+    return Ring(cluster, size, stride)

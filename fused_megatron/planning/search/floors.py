@@ -14,6 +14,7 @@ from fused_megatron.pipeline.schedule.schedules import SCHEDULES, build_schedule
 from fused_megatron.planning.engine_memory import CONTEXT_BYTES, SCATTERED, communicator_bytes
 from fused_megatron.planning.optimizer_memory import optimizer_bytes
 from fused_megatron.planning.parameter_counts import ParameterCounts, stage_parameters, vocabulary_elements
+from fused_megatron.planning.prediction.action_work import Work
 from fused_megatron.planning.prediction.block_time import StageTimes
 from fused_megatron.planning.prediction.cluster import Cluster
 from fused_megatron.planning.prediction.end_of_step import message_s, reduction_s, update_s
@@ -151,6 +152,8 @@ class Floors:
         self._base, self._cluster, self._engine = base, of_one_rank(cluster, num_gpus), engine_of(OWN)
         self._cuts: dict[tuple[int, ...], Cut] = {}
         self._times: dict[Form, StageTimes] = {}
+        self._works: dict[Form, dict[tuple[bool, str], tuple[Work, Work, Work]]] = {}
+        self._end_times: dict[Form, list[float]] = {}
         self._seconds: dict[Form, tuple[float, float, float]] = {}
         self._form_costs: dict[Form, FormCosts] = {}
         self._floors: dict[Form, float] = {}
@@ -201,6 +204,14 @@ class Floors:
 
     def _ends(self, layout: Layout, settings: Settings) -> list[float]:
         """Return lower bounds of the ends of ranks, one for each of Cut.shares, and of the end of the first rank."""
+        if not ZERO_STAGES[settings.zero_stage].gradients:  # the actions send nothing
+            settings = settings._replace(zero_stage=0)
+        key = layout, settings
+        if key not in self._end_times:
+            self._end_times[key] = self._least_ends(layout, settings)
+        return self._end_times[key]
+
+    def _least_ends(self, layout: Layout, settings: Settings) -> list[float]:
         placement = placement_of(settings.schedule, layout.pp, settings.stages_per_rank)
         costs, config = self._costs(layout, settings, placement), self._stage_times(layout, settings)[1].config
         number, parallel = self.num_microbatches(layout, settings), self._parallel(layout, settings)
@@ -295,7 +306,9 @@ class Floors:
             (settings.microbatch_size, settings.sequence_parallel, settings.recompute, settings.recompute_blocks),
         )
         if key not in self._times:
-            self._times[key] = StageTimes(train_config(self._base, layout, settings), self._cluster, self._engine)
+            config = train_config(self._base, layout, settings)
+            shared = self._works.setdefault((*key[0][:4], *key[1][:2]), {})
+            self._times[key] = StageTimes(config, self._cluster, self._engine, shared)
         return key, self._times[key]
 
     def cut(self, placement: tuple[int, ...]) -> Cut:

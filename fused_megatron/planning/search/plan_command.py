@@ -11,6 +11,7 @@ from pathlib import Path
 from fused_megatron.checks import InputError, check, check_positive
 from fused_megatron.config import TrainConfig
 from fused_megatron.config.config_file import config_text, load_config
+from fused_megatron.durable import check_can_write
 from fused_megatron.planning.amounts import parse_amount, parse_price
 from fused_megatron.planning.command_line import layout_words, split_options, whole_number
 from fused_megatron.planning.prediction.cluster import load_cluster
@@ -120,7 +121,7 @@ def parse_options(words: Sequence[str]) -> PlanOptions:
     write = Path(found["--write"]) if "--write" in found else None
     if write is not None:
         check(write.suffix == ".toml", f"write={str(write)!r:.80} must be the name of a .toml file")
-        check(write.absolute().parent.is_dir(), f"write={str(write)!r:.80}: no such folder")
+        check_can_write("write", write)
     workload = read_workload(
         words[0],
         overrides,

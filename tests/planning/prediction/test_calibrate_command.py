@@ -45,6 +45,7 @@ def test_bad_arguments(tmp_path: Path) -> None:
     for changes, message in (
         ({"ranks": 0}, "ranks=0 must be 1 or more"),
         ({"output": tmp_path / "absent" / "c.toml"}, "must be in a folder that exists"),
+        ({"output": tmp_path}, "must be the name of a file, and is a folder"),
         *(() if torch.cuda.is_available() else [({"device": "cuda"}, "needs a GPU")]),
     ):
         with pytest.raises(InputError, match=message):

@@ -35,7 +35,8 @@ def test_text_reads_back_as_the_same_cluster(tmp_path, fitted):
     [
         ("", "device, gpus_per_node"),
         ("memory_gb = 0", "memory_gb=0"),
-        ("peak_tflops = nan", "finite"),
+        ("peak_tflops = nan", "peak_tflops=nan must be above 0, and at most"),
+        ("memory_gb = 1e300", "memory_gb=1e+300 must be above 0, and at most"),
         ("product_efficiency = 1.2", "product_efficiency=1.2 must be at most 1"),
         ("gpus_per_node = 0", "gpus_per_node=0 must be 1 or more"),
         ('device = "tpu"', "device='tpu' must be one of"),
