@@ -70,7 +70,7 @@ def with_outputs(markdown: str) -> str:
         shown = "```console\n"
         for line in match[1].strip().splitlines():
             output = output_of(line)
-            shown += f"{_command(line.removeprefix('! '))}\n"
+            shown += f"{command_of(line.removeprefix('! '))}\n"
             # A report is Markdown, and its tables become tables of the page.
             shown += f"```\n\n{output}\n\n```console\n" if "\n| ---" in output else f"{output}\n"
         return f"{shown}```".replace("\n\n```console\n```", "")
@@ -78,7 +78,7 @@ def with_outputs(markdown: str) -> str:
     return _RUN.sub(run, markdown)
 
 
-def _command(line: str) -> str:
+def command_of(line: str) -> str:
     """Return a command as a shell shows it, with new lines before options where it is wider than the page."""
     rows = ["$"]
     for words in re.split(r" (?=--)", line):
@@ -89,10 +89,10 @@ def _command(line: str) -> str:
     return "\n".join(rows)
 
 
-def _wrapped(line: str) -> str:
+def wrapped(line: str) -> str:
     """Return a line of an output, with new lines where it is wider than the page, indented to its second column."""
     # A row of a table, and of a timeline, stays whole.
-    if line.startswith("|") or len(re.findall(r"\S {2,}\S", line)) > 2:
+    if line.startswith("|") or len(re.findall(r"\S {2,}(?=\S)", line)) > 2:
         return line
     start = re.match(r" *\S+ {2,}| *", line)
     indent = " " * (start.end() if start and start.end() else 2)
@@ -127,7 +127,7 @@ def output_of(line: str) -> str:
         raise RuntimeError(f"{line}: exit code {done.returncode}: {done.stderr.strip() or done.stdout.strip()}")
     lines = done.stdout.rstrip().splitlines()
     most = int(match[3] or len(lines))
-    return "\n".join([_wrapped(each) for each in lines[:most]] + ["..."] * (len(lines) > most))
+    return "\n".join([wrapped(each) for each in lines[:most]] + ["..."] * (len(lines) > most))
 
 
 def error_page() -> str:

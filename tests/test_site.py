@@ -54,15 +54,16 @@ def test_a_concept_shows_a_stored_run_of_its_experiment() -> None:
     for name, text in PAGES.items():
         ran, stored = re.findall(r"`fused-megatron experiment run (\d+)`", text), re.findall(r"experiment_(\d+)", text)
         if name.startswith("concepts/") and name != "concepts/checkpoints.md":
-            assert len(ran) == 1 and ran == stored, name
-            shown |= {*ran}
-    assert len(shown) >= 8
+            # 661 compares times, which depend on the load of the machine.
+            assert len(ran) == 1 and stored == [number for number in ran if number != "661"], name
+            shown |= {*stored}
+    assert len(shown) >= 7
 
 
 def test_stored_experiments_hold_in_the_catalogue_of_today() -> None:
     """Formulas of today, with the figures of the stored runs."""
     stored = sorted((DOCS / "results").glob("experiment_*.json"))
-    assert len(stored) >= 11
+    assert len(stored) >= 10
     for path in stored:
         result = read_experiment(path)
         assert result is not None and path.name == f"experiment_{result.id}.json"
@@ -94,6 +95,23 @@ def test_marks_of_blocks_are_not_shown(hooks: ModuleType) -> None:
     assert hooks.on_page_markdown(marked, page, None, []) == "```sh\nmake x\n```\n```python\nx\n```\n"
 
 
+def test_long_lines_are_wrapped_and_reports_are_tables(hooks: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert hooks.command_of("x --flag 1") == "$ x --flag 1"
+    long = "x" * 70
+    assert hooks.command_of(f"{long} --flag {long} --other 2") == f"$ {long} \\\n    --flag {long} --other 2"
+    words = " ".join(["12345678"] * 20)
+    first, second = hooks.wrapped(f"memory        {words}").splitlines()
+    assert len(first) <= hooks.WIDTH < len(first) + 9 and f"{first} {second.strip()}" == f"memory        {words}"
+    assert second.startswith(" " * 14 + "1")
+    assert all(hooks.wrapped(row) == row for row in (f"| {words} |", f"0  1  2  3  {words}", "", "short  line"))
+    outputs = {"show": "plain", "report": "a\n\n| b |\n| --- |\n| 1 |"}
+    monkeypatch.setattr(hooks, "output_of", outputs.__getitem__)
+    shown = hooks.with_outputs("```run\nshow\nreport\n```\nend\n")
+    assert shown == f"```console\n$ show\nplain\n$ report\n```\n\n{outputs['report']}\nend\n"
+    shown = hooks.with_outputs("```run\nreport\nshow\n```\nend\n")
+    assert shown == f"```console\n$ report\n```\n\n{outputs['report']}\n\n```console\n$ show\nplain\n```\nend\n"
+
+
 def test_the_page_of_error_messages(hooks: ModuleType) -> None:
     page = hooks.error_page()
     assert page.count("\n| `") > 500
@@ -114,6 +132,10 @@ def test_the_site_builds(tmp_path: Path) -> None:
     assert "Of 84 layouts" in shown or "the others fell" in shown
     assert 'href="planner.html"' in shown  # the name of a page has become a link
     home = (tmp_path / "site" / "index.html").read_text()
+    assert "site/iframe-worker.js" in home and "unpkg.com" not in home
+    assert (tmp_path / "site" / "search" / "search_index.js").exists()
+    package = (tmp_path / "site" / "api" / "package.html").read_text()
+    assert "<strong>Communication.</strong>" in package and "<details" not in package
     assert [
         name for name in PAGES if f'href="{name.removesuffix(".md")}.html"' not in home and name != "index.md"
     ] == []
