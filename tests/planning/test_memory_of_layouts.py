@@ -164,16 +164,26 @@ def test_forty_random_layouts() -> None:
     compare(LAYOUTS)
 
 
-@pytest.mark.slow
-def test_the_formula_follows_the_dry_run() -> None:
-    """20 layouts in float32, whose products a CPU computes as a GPU does, and so wide that small tensors hardly count.
+WIDE = random_layouts(NUM_LAYOUTS, {"hidden_size": 256, "seq_len": 256, "vocab_size": 2000}, blocks_per_stage=3)
 
-    The worst recompute all blocks, of experts or in a ring.
+
+def error_of_the_formula(config: TrainConfig) -> float:
+    """Return the largest error of the formula over the pipeline ranks, against their dry run.
+
+    In float32, whose products a CPU computes as a GPU does, and so wide that small tensors hardly count.
     """
-    errors = []
-    for config in random_layouts(20, {"hidden_size": 256, "seq_len": 256, "vocab_size": 2000}, blocks_per_stage=3):
-        wide = dataclasses.replace(config, training=dataclasses.replace(config.training, dtype="float32"))
-        dry_run = DryRun(wide)
-        found = [dry_run.rank(rank) for rank in dry_run.pipeline_ranks()]
-        errors.append(max(abs(rank_memory(wide, each.pp_rank).total / each.peak_bytes - 1) for each in found))
-    assert statistics.median(errors) <= 0.03 and max(errors) <= 0.1, errors
+    wide = dataclasses.replace(config, training=dataclasses.replace(config.training, dtype="float32"))
+    dry_run = DryRun(wide)
+    found = [dry_run.rank(rank) for rank in dry_run.pipeline_ranks()]
+    return max(abs(rank_memory(wide, each.pp_rank).total / each.peak_bytes - 1) for each in found)
+
+
+@pytest.mark.parametrize("index", [29, 38], ids=["one bucket of ZeRO-2", "blocks of ZeRO-3"])
+def test_the_formula_follows_the_dry_run(index: int) -> None:
+    assert error_of_the_formula(WIDE[index]) <= 0.01
+
+
+@pytest.mark.slow
+def test_the_formula_follows_the_dry_run_of_forty_layouts() -> None:
+    errors = sorted(map(error_of_the_formula, WIDE))
+    assert statistics.median(errors) <= 0.005 and errors[36] <= 0.01 and errors[-1] <= 0.025, errors
