@@ -26,12 +26,14 @@ class Sending(NamedTuple):
         shards, expert_shards: number of ranks that divide the sums of dense parameters, and of experts. One rank: the
             sums need no copy of a bucket.
         sharded: whether a whole gradient exists only until its bucket is sent (ZeRO stages 2 and 3).
+        receives: whether the blocks of the other ranks arrive in memory of their own: gloo's do, NCCL's do not.
     """
 
     bucket_bytes: int
     shards: int
     expert_shards: int
     sharded: bool
+    receives: bool
 
     @property
     def copies(self) -> bool:
@@ -62,8 +64,8 @@ def send_buckets(made: Sequence[Made], sending: Sending, under_way: UnderWay, ea
     """Follow the buckets of a stage through a backward.
 
     A bucket leaves when its last gradient is made. Its copy stays until the bucket after the next one needs its place,
-    also if its sum is there. A reduce-scatter holds the copy, as many bytes that arrive, and the sum of this rank's
-    rows: gloo receives the block of every rank. NCCL needs no room for arriving blocks.
+    also if its sum is there. A reduce-scatter holds the copy, as many bytes that arrive (gloo), and the sum of this
+    rank's rows.
 
     Args:
         made: the gradients of each moment.
@@ -89,7 +91,7 @@ def send_buckets(made: Sequence[Made], sending: Sending, under_way: UnderWay, ea
         if (sending.sharded or ranks > 1) and len(waits) >= BUCKETS_UNDER_WAY:
             waits.pop(0)
         packing = sum(waits) + (2 if sending.sharded else 1) * num_bytes * (ranks > 1)
-        waits.append(2 * num_bytes + num_bytes // ranks if ranks > 1 else 0)
+        waits.append((2 if sending.receives else 1) * num_bytes + num_bytes // ranks if ranks > 1 else 0)
         return max(packing, sum(waits))
 
     for elements, kind in made:

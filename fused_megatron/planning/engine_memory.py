@@ -80,8 +80,9 @@ def device_memory(
         InputError: an unknown engine; as rank_memory.
     """
     facts = engine_of(engine)
+    device = "cuda" if cluster is None else cluster.device
     if not engine.startswith("megatron"):
-        memory = rank_memory(config, pp_rank)
+        memory = rank_memory(config, pp_rank, device=device)
         return _with_overheads(config, cluster, memory, 0)
 
     def of_stage(span_config: TrainConfig, span: StageSpan) -> StageBytes:
@@ -94,7 +95,7 @@ def device_memory(
         _with_overheads(
             config,
             cluster,
-            rank_memory(config, rank, of_stage=of_stage),
+            rank_memory(config, rank, of_stage=of_stage, device=device),
             logits if rank == _rank_of_the_head(config) else 0,
         )
         for rank in ranks

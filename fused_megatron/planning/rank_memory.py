@@ -66,6 +66,7 @@ def rank_memory(
     pp_rank: int | Collection[int] | None = None,
     data_parallel_size: int | None = None,
     of_stage: StageFormula = stage_bytes,
+    device: str = "cpu",
 ) -> RankMemory:
     """Compute the memory of one pipeline rank, or of the rank that needs most.
 
@@ -74,12 +75,13 @@ def rank_memory(
         pp_rank: pipeline rank; several: the rank of these that needs most; None: the rank that needs most.
         data_parallel_size: used if the config has none; None: 1.
         of_stage: formula of the activations of a stage; the default is of our own layers.
+        device: type of the ranks' device. Gloo, on a CPU, needs more memory than NCCL to sum gradients.
 
     Raises:
         InputError: as plan_pipeline and cut_stages; vocab_size is None.
     """
     parallel = config.parallel
-    formulas = _Formulas(config, parallel.data_parallel_size or data_parallel_size or 1, of_stage)
+    formulas = _Formulas(config, parallel.data_parallel_size or data_parallel_size or 1, of_stage, device)
     if isinstance(pp_rank, int):
         return formulas.of_rank(pp_rank)
     ranks = pp_rank or [rank for rank in range(parallel.pipeline_parallel_size) if not formulas.is_covered(rank)]
@@ -89,7 +91,7 @@ def rank_memory(
 class _Formulas:
     """Formulas of the ranks of one config; stages of the same form share their numbers."""
 
-    def __init__(self, config: TrainConfig, dp_size: int, of_stage: StageFormula) -> None:
+    def __init__(self, config: TrainConfig, dp_size: int, of_stage: StageFormula, device: str) -> None:
         self._config, self._of_stage = config, of_stage
         self._plan: PipelinePlan = plan_pipeline(config, asynchronous=True)
         self._spans = stage_spans(config, self._plan)
@@ -98,7 +100,9 @@ class _Formulas:
         self._versions = self._plan.weight_versions()
         self._placements, self._shards, self._expert_shards = _sharding(config, dp_size)
         least = round(training.bucket_bytes(config.replica_counts(config.parallel.data_parallel_size or 1)[0]))
-        self._sending = Sending(least, self._shards, self._expert_shards, self._placements.gradients)
+        self._sending = Sending(
+            least, self._shards, self._expert_shards, self._placements.gradients, receives=device == "cpu"
+        )
         self._gathers_blocks = self._placements.weights and config.parallel.zero_gather == "block"
         self._splits = Kind.INPUT_GRAD in {
             moment.kind for moment in rank_moments(self._plan, self._num_microbatches, 0)

@@ -56,7 +56,7 @@ def config_of_this_machine(
 
 
 def _starts(config: TrainConfig, device_type: str, free_bytes: float) -> bool:
-    memory = rank_memory(config.for_device(device_type))
+    memory = rank_memory(config.for_device(device_type), device=device_type)
     needed = float(memory.total)
     if device_type == "cpu":
         needed += checkpoint_copy_bytes(config, memory.num_parameters, 1)

@@ -11,6 +11,7 @@ from fused_megatron.ops import linear_cross_entropy_tile_shape as shapes
 from fused_megatron.sharding import update_record
 from fused_megatron.tensor_parallel import vocab_parallel_linear_cross_entropy
 from fused_megatron.testing import assert_close, run_cases_on_ranks, run_on_ranks
+from fused_megatron.testing.tolerances import assert_close_to_reference
 
 S, B, H = 8, 3, 20
 
@@ -74,6 +75,14 @@ def expected_order_of_sum(ranks, sequence_parallel, chunks):
     return order + gradients
 
 
+def check_loss(loss, exact, rough, product_dtype):
+    """Allow no rounding of logits where products are float32; a CPU with matrix units rounds them, as torch does."""
+    if product_dtype == torch.float32:
+        assert_close("loss", loss, exact)
+    else:
+        assert_close_to_reference(loss, exact, rough, name="loss")
+
+
 def head_case(rank, ranks, sequence_parallel, vocab, padded, smoothing, z_loss, dtype, bias, chunk_tokens):
     group = dist.group.WORLD if ranks > 1 else None
     sequence_parallel = sequence_parallel and ranks > 1
@@ -111,7 +120,7 @@ def head_case(rank, ranks, sequence_parallel, vocab, padded, smoothing, z_loss, 
 
     exact = by_torch(*full, torch.float64, vocab, smoothing, z_loss)
     rough = by_torch(*full, dtype, vocab, smoothing, z_loss)
-    assert_close("loss", loss.detach(), exact[0])
+    check_loss(loss.detach(), exact[0], rough[0], shapes.product_dtype(hidden))
     names, cuts = ("dhidden", "dweight", "dbias"), (own, mine, mine)
     for name, gradient, right, their, cut in zip(names, gradients, exact[1:], rough[1:], cuts, strict=False):
         assert gradient.dtype == dtype
