@@ -5,14 +5,12 @@ python benchmarks/planner_errors.py --write --grids DIR     # also the measured 
 """
 
 import argparse
-import dataclasses
-import statistics
-from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
 
 from fused_megatron.benchmarking.report.page_tables import write_tables
 from fused_megatron.planning.prediction.cluster import load_cluster
+from fused_megatron.planning.prediction.measured_blocks import with_measured_blocks
 from fused_megatron.planning.prediction.published_runs import read_runs
 from fused_megatron.planning.prediction.validation import (
     Compared,
@@ -59,41 +57,27 @@ def table(folder: Path, sources: dict[str, tuple[str, str]]) -> str:
                 ]
                 lines.append(f"| {' | '.join(cells)} |")
         if sources is GRIDS and regrets(rows):
-            chosen.append(_regret_line(title, "as predicted", rows))
-            chosen.append(_regret_line(title, "shapes corrected", with_shapes_corrected(rows)))
+            learned = with_measured_blocks(load_cluster(cluster), [row.run for row in rows if row.fitted])
+            measured = compare([row.run for row in rows], learned)
+            chosen.append(_regret_line(title, "the constants", rows))
+            chosen.append(_regret_line(title, f"and {len(learned.blocks)} measured shapes", measured))
     if chosen:
-        lines += ["", "| source | times | workloads | fastest chosen | mean regret, % | 95 %, % | largest, % |"]
-        lines += ["|---|---|--:|--:|--:|--:|--:|", *chosen]
+        lines += [
+            "",
+            "| source | predicted by | held-out error, % | workloads | fastest chosen "
+            "| mean regret, % | 95 %, % | worst, % |",
+        ]
+        lines += ["|---|---|--:|--:|--:|--:|--:|--:|", *chosen]
     return "\n".join(lines)
 
 
-def _regret_line(title: str, times: str, rows: Sequence[Compared]) -> str:
+def _regret_line(title: str, means: str, rows: Sequence[Compared]) -> str:
     found = regrets(rows)
     sizes = [f"{100 * size:.1f}" for size in (*mean_and_p95(found), max(found))]
-    cells = [title, times, str(len(found)), str(sum(regret == 0 for regret in found)), *sizes]
+    held_out = summary([row for row in rows if not row.fitted])
+    error = "-" if held_out is None else f"{100 * held_out.mean:.1f}"
+    cells = [title, means, error, str(len(found)), str(sum(regret == 0 for regret in found)), *sizes]
     return f"| {' | '.join(cells)} |"
-
-
-def with_shapes_corrected(rows: Sequence[Compared]) -> list[Compared]:
-    """Return rows whose predictions are multiplied by the median error of the fitted rows with the same block shape.
-
-    A shape is a hidden size, a tensor-parallel size and a microbatch: what a table of measured blocks would know.
-    """
-    ratios = defaultdict(list)
-    for row in rows:
-        if row.fitted:
-            ratios[_shape(row)].append(1 / (1 + row.error))
-    return [_scaled(row, statistics.median(ratios[_shape(row)] or [1.0])) for row in rows]
-
-
-def _shape(row: Compared) -> tuple[int, int, int]:
-    config = row.run.config
-    return config.model.hidden_size, config.parallel.tensor_parallel_size, config.training.microbatch_size
-
-
-def _scaled(row: Compared, factor: float) -> Compared:
-    prediction = dataclasses.replace(row.prediction, seconds=factor * row.prediction.seconds)
-    return dataclasses.replace(row, prediction=prediction)
 
 
 def _signed(share: float) -> str:

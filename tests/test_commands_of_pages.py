@@ -42,7 +42,7 @@ MARKS = {"sh": r"run|slow|usage|parse: .+", "python": "run|part", "run": "", "to
 BLOCK = re.compile(
     r"^```(\w*) ?([^\n]*)\n(.*?)^```\n(\n*```text\n.*?^```\n|(?:\n|    [^\n]*\n)*)", flags=re.MULTILINE | re.DOTALL
 )
-TOML = re.compile(r"^    \[\w+\]\n(?:    [^\n]*\n|\n(?=    \[))*", flags=re.MULTILINE)
+TOML = re.compile(r"^```toml[^\n]*\n(.*?)^```", flags=re.MULTILINE | re.DOTALL)
 # Programs in indented blocks, which nothing would test.
 PROGRAM = re.compile(
     r"^    (?:\$ )?(?:fused-megatron|make|pip|python3?|torchrun|docker|git|sbatch|kubectl) .*", re.MULTILINE
@@ -364,5 +364,5 @@ def test_wrong_names_are_found() -> None:
 def test_keys_of_configs_exist(page: Path, tmp_path: Path) -> None:
     for number, text in enumerate(TOML.findall(page.read_text(encoding="utf-8"))):
         config = tmp_path / f"{number}.toml"
-        config.write_text(re.sub(r"^    ", "", text, flags=re.MULTILINE))
+        config.write_text(text)
         load_config(config, ["--model.num-heads", "8"])

@@ -56,6 +56,8 @@ class StageTimes:
         self.own_tokens = self.tokens // self.tp if parallel.sequence_parallel else self.tokens
         self.tp_ring = Ring(cluster, self.tp)
         self.hidden = model.hidden_size
+        measured = cluster.measured_block(config)
+        self._factor = 1.0 if measured is None else measured.factor
         self._shared = {} if shared is None else shared
         self._blocks: dict[tuple[bool, bool], ActionWork] = {}
         self._ends: dict[tuple[bool, bool], ActionWork] = {}
@@ -145,7 +147,7 @@ class StageTimes:
             backward += forward if recompute == "full" else attention
         forward, backward = self._with_context(forward, backward, attention)
         forward, backward = self._with_experts(forward, backward, has_experts)
-        return forward, backward, Work(products=sum(weights))
+        return forward * self._factor, backward * self._factor, Work(products=sum(weights)) * self._factor
 
     def _added_ops(self) -> tuple[float, float]:
         """Return the ops that the layout adds to a block's forward, and to its backward."""

@@ -14,8 +14,10 @@ from fused_megatron.observe.processor import processor_name
 from fused_megatron.planning.prediction.calibrate import STEPS, Found, Plan, calibrate, machine_name, measure
 from fused_megatron.planning.prediction.calibration import Observation, error_table
 from fused_megatron.planning.prediction.calibration_steps import calibration_configs
-from fused_megatron.planning.prediction.cluster import Cluster, cluster_text
+from fused_megatron.planning.prediction.cluster import Cluster, cluster_text, load_cluster
+from fused_megatron.planning.prediction.engine import engine_of
 from fused_megatron.planning.prediction.machine_measurements import CPU_SIZES, GPU_SIZES, Measurements, usable_cores
+from fused_megatron.planning.prediction.measured_blocks import learned_lines, read_steps, with_measured_blocks
 from fused_megatron.planning.verify.config_check import check_starts_own_ranks
 from fused_megatron.testing.run_on_ranks import run_on_ranks
 
@@ -27,14 +29,23 @@ _LIMIT_S = 900.0
 @dataclass(frozen=True)
 class CalibrateArguments:
     """Measure this machine in about a minute (products, memory, launches, collectives, messages, small training steps),
-    and write its constants as a cluster file for predict, plan and training.cluster."""
+    and write its constants as a cluster file for predict, plan and training.cluster. With --steps: measure nothing, and
+    learn from measured training steps how much longer blocks of their shapes take on a known cluster."""
 
     ranks: int | None = None
-    """Ranks that measure together, all on this machine. None: one for each GPU, or for each core (at least 2)."""
+    """Ranks that measure together, all on this machine. None: one for each GPU, or for each core (at least 2). With
+    --steps: the ranks of the run of a folder; None: as many as its config needs."""
     output: Path = Path("cluster.toml")
     """The file to write."""
     device: Literal["cpu", "cuda"] | None = None
     """Device of the ranks. None: cuda where there is a GPU."""
+    steps: Path | None = None
+    """Measured training steps: the folder of a run, or a CSV file as for predict --validate. None: measure this
+    machine."""
+    cluster: str | None = None
+    """With --steps: the cluster that ran the steps: a shipped name, or a file, whose measured blocks stay."""
+    engine: str | None = None
+    """With --steps: the program that ran the steps. None: this package for a folder, the source's for a file."""
 
 
 def run_calibrate(arguments: CalibrateArguments, plan: Plan | None = None) -> int:
@@ -45,8 +56,16 @@ def run_calibrate(arguments: CalibrateArguments, plan: Plan | None = None) -> in
         plan: the work of the calibration; None: what the device and the ranks ask for.
 
     Raises:
-        InputError: ranks that a launcher started, no GPU, a file that cannot be written.
+        InputError: ranks that a launcher started, no GPU, a file that cannot be written; with --steps, no cluster, or
+            steps that cannot be read or are not of this cluster.
     """
+    if arguments.steps is not None:
+        _learn(arguments, arguments.steps)
+        return 0
+    check(
+        arguments.cluster is None and arguments.engine is None,
+        "cluster and engine go with --steps: without it, calibrate measures this machine",
+    )
     check_starts_own_ranks("calibrate")
     device = arguments.device or ("cuda" if torch.cuda.is_available() else "cpu")
     gpus = torch.cuda.device_count() if device == "cuda" else 0
@@ -68,12 +87,29 @@ def run_calibrate(arguments: CalibrateArguments, plan: Plan | None = None) -> in
     cluster, observations = calibrate(found, plan, machine_name(processor, device, found.measurements.cores))
     seconds = time.perf_counter() - begin
     print("\n".join([*measured_lines(found, plan, seconds), "", *fit_lines(cluster, observations)]))
-    try:
-        replace_file(arguments.output, cluster_text(cluster).encode())
-    except OSError as error:
-        raise InputError(f"output={arguments.output} cannot be written: {error.strerror or error}") from None
-    print(f"\nwritten: {arguments.output} (fused-megatron predict CONFIG --cluster {arguments.output})")
+    _write(cluster, arguments.output)
     return 0
+
+
+def _learn(arguments: CalibrateArguments, steps: Path) -> None:
+    """Write a known cluster with the factors of the blocks of measured steps."""
+    check(arguments.cluster is not None, "cluster must be given with --steps: it ran them (--cluster a100)")
+    check(arguments.device is None, f"device={arguments.device!r} does not go with --steps, which measures nothing")
+    if arguments.engine is not None:
+        engine_of(arguments.engine)
+    check_can_write("output", arguments.output)
+    runs = read_steps(steps, arguments.ranks)
+    cluster = with_measured_blocks(load_cluster(str(arguments.cluster)), runs, arguments.engine)
+    print("\n".join(learned_lines(cluster, runs, arguments.engine)))
+    _write(cluster, arguments.output)
+
+
+def _write(cluster: Cluster, output: Path) -> None:
+    try:
+        replace_file(output, cluster_text(cluster).encode())
+    except OSError as error:
+        raise InputError(f"output={output} cannot be written: {error.strerror or error}") from None
+    print(f"\nwritten: {output} (fused-megatron predict CONFIG --cluster {output})")
 
 
 def measured_lines(found: Found, plan: Plan, seconds: float) -> Iterator[str]:

@@ -8,12 +8,15 @@ from pathlib import Path
 
 import tomli_w
 
-from fused_megatron.checks import InputError, check, check_one_of
+from fused_megatron.checks import InputError, check, check_one_of, check_positive
+from fused_megatron.config import TrainConfig
 from fused_megatron.untrusted_files import convert, parse_toml, read_bounded
 
 SHIPPED = Path(__file__).parent / "clusters"
 """Folder of the cluster files that come with the package."""
 _MOST_BYTES = 1 << 16
+_LEAST_FACTOR, _MOST_FACTOR = 0.1, 10.0
+"""Bounds of the measured over the predicted time of a block."""
 _LARGEST = 1e15
 """Bound of all constants, so that no sum of times or sizes overflows."""
 
@@ -34,6 +37,54 @@ class Fitted:
     engines: tuple[str, ...]
     rows: tuple[str, ...]
     ranges: dict[str, tuple[float, float]]
+
+
+BlockShape = tuple[int, int, int, int, int]
+"""Sizes of a block: hidden_size, num_heads, seq_len, tensor_parallel_size, tokens of a microbatch on a rank."""
+
+
+@dataclass(frozen=True)
+class MeasuredBlock:
+    """How much longer than predicted the blocks of one shape take on a cluster.
+
+    Attributes:
+        hidden_size, num_heads, seq_len: of the model.
+        tensor_parallel_size: ranks that share the block.
+        microbatch_tokens: tokens of a microbatch on a rank.
+        factor: measured over predicted time of the block.
+        rows: digests of the measured steps behind it, as PublishedRun.digest.
+    """
+
+    hidden_size: int
+    num_heads: int
+    seq_len: int
+    tensor_parallel_size: int
+    microbatch_tokens: int
+    factor: float
+    rows: tuple[str, ...]
+
+    def __post_init__(self) -> None:
+        for name in ("hidden_size", "num_heads", "seq_len", "tensor_parallel_size", "microbatch_tokens"):
+            check_positive(name, getattr(self, name))
+        bounds = f"{_LEAST_FACTOR} to {_MOST_FACTOR}"
+        check(_LEAST_FACTOR <= self.factor <= _MOST_FACTOR, f"factor={self.factor} of a block must be {bounds}")
+
+    @property
+    def shape(self) -> BlockShape:
+        """The sizes, as block_shape returns them."""
+        return (
+            self.hidden_size,
+            self.num_heads,
+            self.seq_len,
+            self.tensor_parallel_size,
+            self.microbatch_tokens,
+        )
+
+
+def block_shape(config: TrainConfig) -> BlockShape:
+    """Return the sizes of a run by which a MeasuredBlock knows its blocks."""
+    model, parallel, tokens = config.model, config.parallel, config.training.microbatch_size * config.most_positions
+    return model.hidden_size, model.num_heads, model.seq_len, parallel.tensor_parallel_size, tokens
 
 
 @dataclass(frozen=True)
@@ -62,6 +113,7 @@ class Cluster:
         transfer_overlap: share of a transfer that work beside it hides. Transfers on a GPU slow products down; on a CPU
             it is 0 where the thread that computes also copies, as for shared memory.
         fitted: the measured runs behind the constants; None: they come from data sheets.
+        blocks: measured times of blocks, at most one for each shape; other blocks take the predicted time.
     """
 
     name: str
@@ -81,6 +133,7 @@ class Cluster:
     step_ms: float = 0.0
     transfer_overlap: float = 1.0
     fitted: Fitted | None = dataclasses.field(default=None, hash=False)
+    blocks: tuple[MeasuredBlock, ...] = ()
 
     def __post_init__(self) -> None:
         check_one_of("device", self.device, ("cuda", "cpu"))
@@ -94,12 +147,21 @@ class Cluster:
             )
         for name in ("product_efficiency", "attention_efficiency", "transfer_overlap"):
             check(getattr(self, name) <= 1, f"{name}={getattr(self, name)} must be at most 1: a share")
+        shapes = [block.shape for block in self.blocks]
+        check(len(set(shapes)) == len(shapes), "blocks must differ in their sizes: two of them are of the same shape")
+
+    def measured_block(self, config: TrainConfig) -> MeasuredBlock | None:
+        """Return the measured block of a run's shape; None if there is none."""
+        if not self.blocks:
+            return None
+        shape = block_shape(config)
+        return next((block for block in self.blocks if block.shape == shape), None)
 
 
 CONSTANTS = tuple(
     field.name
     for field in dataclasses.fields(Cluster)
-    if field.name not in ("name", "device", "gpus_per_node", "fitted")
+    if field.name not in ("name", "device", "gpus_per_node", "fitted", "blocks")
 )
 """Fields that are speeds, times and sizes."""
 
@@ -139,5 +201,5 @@ def load_cluster(name_or_path: str | Path) -> Cluster:
 
 def cluster_text(cluster: Cluster) -> str:
     """Return the cluster as TOML that load_cluster reads."""
-    table = {name: value for name, value in dataclasses.asdict(cluster).items() if value is not None}
+    table = {name: value for name, value in dataclasses.asdict(cluster).items() if value not in (None, ())}
     return tomli_w.dumps(table)

@@ -191,6 +191,8 @@ def describe(config: TrainConfig, cluster: Cluster, prediction: StepPrediction, 
         f"memory        {facts['memory_gb']:.1f} GB of {cluster.memory_gb:g} GB on the fullest GPU: "
         + ", ".join(f"{name} {size:.1f}" for name, size in facts["memory_parts_gb"].items() if size >= 0.05),
     ]
+    if measured := cluster.measured_block(config):
+        lines.append(f"blocks        {measured.factor:.3f} x the constants, from {len(measured.rows)} measured step(s)")
     if facts["memory_gb"] > cluster.memory_gb:
         excess = facts["memory_gb"] - cluster.memory_gb
         lines.append(f"              does not fit: {excess:.1f} GB too much (fused-megatron plan finds a layout)")

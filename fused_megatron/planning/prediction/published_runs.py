@@ -42,28 +42,33 @@ Row = Mapping[str, str]
 _Reader = Callable[[Row], PublishedRun | list[PublishedRun] | None]
 
 
-def read_runs(path: Path) -> list[PublishedRun]:
+def read_runs(path: Path, option: str = "validate") -> list[PublishedRun]:
     """Read the rows of a CSV file that have a time; its columns decide which source it is of.
+
+    Args:
+        path: the file.
+        option: the option that names the file, for messages.
 
     Raises:
         InputError: the file cannot be read, its columns are of no known source, or a cell is no number.
     """
+    file = f"{option}={path}"
     try:
         text = read_bounded(path, _MOST_BYTES).decode()
     except FileNotFoundError:
-        raise InputError(f"validate={path} does not exist") from None
+        raise InputError(f"{file} does not exist") from None
     except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"validate={path} cannot be read: {error}") from None
+        raise InputError(f"{file} cannot be read: {error}") from None
     try:
         rows = list(csv.DictReader(io.StringIO(text)))
     except csv.Error as error:
-        raise InputError(f"validate={path} must be a CSV file: {error}") from None
+        raise InputError(f"{file} must be a CSV file: {error}") from None
     columns = rows[0].keys() if rows else ()
     for needed, read in _SOURCES:
         if set(needed) <= set(columns):
-            return _runs(path, rows, read)
+            return _runs(file, rows, read)
     wanted = " or ".join(",".join(needed) for needed, _ in _SOURCES)
-    raise InputError(f"validate={path} must be a CSV file with rows and the columns {wanted}")
+    raise InputError(f"{file} must be a CSV file with rows and the columns {wanted}")
 
 
 class _Cells(dict[str, str]):
@@ -76,10 +81,10 @@ class _Cells(dict[str, str]):
         return super().__getitem__(name)
 
 
-def _runs(path: Path, rows: Sequence[Row], read: _Reader) -> list[PublishedRun]:
+def _runs(file: str, rows: Sequence[Row], read: _Reader) -> list[PublishedRun]:
     found = []
     for index, row in enumerate(rows):
-        cells, where = _Cells(row), f"validate={path}: row {index + 2}"
+        cells, where = _Cells(row), f"{file}: row {index + 2}"
         check(None not in row, f"{where} must have a cell for each column, and has more: check its commas and quotes")
         try:
             run = read(cells)
@@ -92,7 +97,7 @@ def _runs(path: Path, rows: Sequence[Row], read: _Reader) -> list[PublishedRun]:
             if one is not None:
                 check(0 < one.seconds < math.inf, f"{where}: the time of the step must be above 0, and finite")
                 found.append(replace(one, digest=f"{crc32(','.join(row.values()).encode()):08x}"))
-    check(bool(found), f"validate={path} has no row with a time that can be predicted")
+    check(bool(found), f"{file} has no row with a time that can be predicted")
     return found
 
 

@@ -22,7 +22,7 @@ class Compared:
     Attributes:
         run: the measured step.
         prediction: of this step.
-        fitted: the constants of the cluster were fitted to this row.
+        fitted: the cluster's constants, or a block of it, were fitted to this row.
     """
 
     run: PublishedRun
@@ -64,7 +64,8 @@ def compare(runs: Sequence[PublishedRun], cluster: Cluster, engine: str | None =
     Raises:
         InputError: a run that no config of this package describes.
     """
-    rows = cluster.fitted.rows if cluster.fitted else ()
+    rows = set(cluster.fitted.rows if cluster.fitted else ())
+    rows |= {row for block in cluster.blocks for row in block.rows}
     return [
         Compared(run, predict_step(run.config, cluster, engine=engine or run.engine), run.digest in rows)
         for run in runs

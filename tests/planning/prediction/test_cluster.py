@@ -5,9 +5,22 @@ import dataclasses
 import pytest
 
 from fused_megatron.checks import InputError
-from fused_megatron.planning.prediction.cluster import CONSTANTS, SHIPPED, Cluster, Fitted, cluster_text, load_cluster
+from fused_megatron.planning.prediction.cluster import (
+    CONSTANTS,
+    SHIPPED,
+    Cluster,
+    Fitted,
+    MeasuredBlock,
+    cluster_text,
+    load_cluster,
+)
 
 CLUSTER = Cluster("one", "cuda", 8, 80.0, 300.0, 0.8, 5.0, 0.4, 1500.0, 10.0, 200.0, 10.0, 20.0, 20.0, 1.0, 0.5)
+
+TABLE = (
+    "{hidden_size = 8, num_heads = 2, seq_len = 8, tensor_parallel_size = 1, microbatch_tokens = 8, factor = %s, "
+    'rows = ["12ab"]}'
+)
 
 
 @pytest.mark.parametrize("path", sorted(SHIPPED.glob("*.toml")), ids=lambda path: path.stem)
@@ -23,9 +36,13 @@ def test_unique_prefix_is_enough(prefix, name):
     assert load_cluster(prefix).name == name
 
 
+BLOCK = MeasuredBlock(1024, 16, 2048, 2, 4096, 1.25, ("12ab", "34cd"))
+
+
 @pytest.mark.parametrize("fitted", [None, Fitted(7.5, ("megatron-core",), ("12ab",), {"gpus": (1.0, 8.0)})])
-def test_text_reads_back_as_the_same_cluster(tmp_path, fitted):
-    cluster = dataclasses.replace(CLUSTER, fitted=fitted)
+@pytest.mark.parametrize("blocks", [(), (BLOCK, dataclasses.replace(BLOCK, tensor_parallel_size=4))])
+def test_text_reads_back_as_the_same_cluster(tmp_path, fitted, blocks):
+    cluster = dataclasses.replace(CLUSTER, fitted=fitted, blocks=blocks)
     (tmp_path / "one.toml").write_text(cluster_text(cluster))
     assert load_cluster(tmp_path / "one.toml") == cluster
 
@@ -44,6 +61,11 @@ def test_text_reads_back_as_the_same_cluster(tmp_path, fitted):
         ('memory_gb = "80"', "memory_gb"),
         ("speed = 3", "unknown key speed"),
         ("= 3", "no TOML"),
+        ("blocks = 3", "blocks"),
+        ("blocks = [{hidden_size = 8}]", "blocks"),
+        (f"blocks = [{TABLE % 20.0}]", "factor=20.0 of a block must be 0.1 to 10"),
+        (f"blocks = [{TABLE % float('nan')}]", "factor=nan of a block must be 0.1 to 10"),
+        (f"blocks = [{TABLE % 1.5}, {TABLE % 2.5}]", "blocks must differ in their sizes"),
     ],
 )
 def test_mistakes_in_a_file_are_one_line(tmp_path, change, message):

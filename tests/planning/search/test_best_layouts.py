@@ -7,7 +7,7 @@ import pytest
 
 from fused_megatron.config import GPTConfig, TrainConfig, TrainingConfig
 from fused_megatron.planning.engine_memory import device_memory
-from fused_megatron.planning.prediction.cluster import Cluster, load_cluster
+from fused_megatron.planning.prediction.cluster import Cluster, MeasuredBlock, load_cluster
 from fused_megatron.planning.prediction.step_time import predict_step
 from fused_megatron.planning.search import best_layouts
 from fused_megatron.planning.search.best_layouts import SAME, find_best, limit_bytes
@@ -40,8 +40,8 @@ def workload(batch: int, **model: object) -> TrainConfig:
     return TrainConfig(GPTConfig(**{**sizes, **model}), training=training)  # type: ignore[arg-type]
 
 
-def h100(memory_gb: float = 80.0) -> Cluster:
-    return replace(load_cluster("h100"), memory_gb=memory_gb)
+def h100(memory_gb: float = 80.0, blocks: tuple[MeasuredBlock, ...] = ()) -> Cluster:
+    return replace(load_cluster("h100"), memory_gb=memory_gb, blocks=blocks)
 
 
 def all_settings(base: TrainConfig, layout: Layout, floors: Floors) -> list[Settings]:
@@ -57,13 +57,21 @@ def all_settings(base: TrainConfig, layout: Layout, floors: Floors) -> list[Sett
     return found
 
 
+# Bounds must hold whichever shapes were measured, and however far they are from the constants.
+UNEVEN = (MeasuredBlock(2048, 16, 2048, 2, 2048, 0.4, ("a",)), MeasuredBlock(2048, 16, 2048, 1, 4096, 2.5, ("b",)))
+
+
 @pytest.mark.parametrize(
-    ("model", "batch", "gpus", "memory_gb"),
-    [({}, 8, 2, 14.0), ({**LLAMA, "num_layers": 4}, 4, 4, 5.5), (EXPERTS, 4, 2, 9.0)],
+    ("model", "batch", "gpus", "cluster"),
+    [
+        ({}, 8, 2, h100(14.0)),
+        ({**LLAMA, "num_layers": 4}, 4, 4, h100(5.5, UNEVEN)),
+        (EXPERTS, 4, 2, h100(9.0)),
+    ],
     ids=["gpt", "llama", "experts"],
 )
-def test_search_finds_what_brute_force_finds(model: dict[str, object], batch: int, gpus: int, memory_gb: float) -> None:
-    base, cluster = workload(batch, **model), h100(memory_gb)
+def test_search_finds_what_brute_force_finds(model: dict[str, object], batch: int, gpus: int, cluster: Cluster) -> None:
+    base = workload(batch, **model)
     floors, best = Floors(base, gpus, cluster), dict[Layout, float]()
     too_large = 0
     for layout in valid_layouts(base, gpus, cluster, Refusals()):
