@@ -34,14 +34,13 @@ class CalibrateArguments:
 
     ranks: int | None = None
     """Ranks that measure together, all on this machine. None: one for each GPU, or for each core (at least 2). With
-    --steps: the ranks of the run of a folder; None: as many as its config needs."""
+    --steps, the ranks of the run; None: as many as its config needs."""
     output: Path = Path("cluster.toml")
     """The file to write."""
     device: Literal["cpu", "cuda"] | None = None
     """Device of the ranks. None: cuda where there is a GPU."""
     steps: Path | None = None
-    """Measured training steps: the folder of a run, or a CSV file as for predict --validate. None: measure this
-    machine."""
+    """Measured steps: a run's folder, or a CSV file as of predict --validate. None: measure this machine."""
     cluster: str | None = None
     """With --steps: the cluster that ran the steps: a shipped name, or a file, whose measured blocks stay."""
     engine: str | None = None

@@ -178,7 +178,7 @@ def step_facts(
 
 def describe(config: TrainConfig, cluster: Cluster, prediction: StepPrediction, facts: dict[str, Any]) -> str:
     """Return the prediction as text."""
-    parallel = config.parallel
+    parallel, least = config.parallel, min(0.05, 0.05 * facts["memory_gb"])
     lines = [
         f"{config.model.family.upper()} in {config.training.weight_dtype} on {facts['gpus']:,} {cluster.name} "
         f"(tp={parallel.tensor_parallel_size} pp={parallel.pipeline_parallel_size} dp={parallel.data_parallel_size}"
@@ -188,8 +188,8 @@ def describe(config: TrainConfig, cluster: Cluster, prediction: StepPrediction, 
         f"{seconds_text(prediction.high_s)})",
         f"tokens/s      {facts['tokens_per_s']:,.0f}",
         f"MFU           {facts['mfu']:.1%}",
-        f"memory        {facts['memory_gb']:.1f} GB of {cluster.memory_gb:g} GB on the fullest GPU: "
-        + ", ".join(f"{name} {size:.1f}" for name, size in facts["memory_parts_gb"].items() if size >= 0.05),
+        f"memory        {_gb(facts['memory_gb'])} GB of {cluster.memory_gb:.1f} GB on the fullest GPU: "
+        + ", ".join(f"{name} {_gb(size)}" for name, size in facts["memory_parts_gb"].items() if size >= least),
     ]
     if measured := cluster.measured_block(config):
         lines.append(f"blocks        {measured.factor:.3f} x the constants, from {len(measured.rows)} measured step(s)")
@@ -211,6 +211,11 @@ def describe(config: TrainConfig, cluster: Cluster, prediction: StepPrediction, 
     if warnings := pitfalls(config, cluster):
         lines += ["", *(f"warning: {text}" for text in warnings)]
     return "\n".join(lines)
+
+
+def _gb(size: float) -> str:
+    """Return a size in GB, small ones with two digits."""
+    return f"{size:.1f}" if size >= 1 else f"{size:.2g}"
 
 
 def _validate(options: PredictOptions) -> None:

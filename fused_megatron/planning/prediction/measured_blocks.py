@@ -35,6 +35,7 @@ def read_steps(path: Path, num_ranks: int | None = None) -> list[PublishedRun]:
     Raises:
         InputError: the file or the folder cannot be read, or has no measured steps; ranks that do not fit.
     """
+    check(path.exists(), f"steps={path} does not exist")
     if not path.is_dir():
         check(num_ranks is None, f"ranks={num_ranks} does not go with steps={path}: its rows have their ranks")
         return read_runs(path, "steps")
