@@ -188,7 +188,7 @@ def describe(config: TrainConfig, cluster: Cluster, prediction: StepPrediction, 
         f"{seconds_text(prediction.high_s)})",
         f"tokens/s      {facts['tokens_per_s']:,.0f}",
         f"MFU           {facts['mfu']:.1%}",
-        f"memory        {_gb(facts['memory_gb'])} GB of {cluster.memory_gb:.1f} GB on the fullest GPU: "
+        f"memory        {_gb(facts['memory_gb'])} GB of {cluster.memory_gb:.4g} GB on the fullest GPU: "
         + ", ".join(f"{name} {_gb(size)}" for name, size in facts["memory_parts_gb"].items() if size >= least),
     ]
     if measured := cluster.measured_block(config):
