@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import NamedTuple
 
-from fused_megatron.config import TrainConfig
+from fused_megatron.config import TrainConfig, TransformerConfig
 from fused_megatron.models import StageSpan
 from fused_megatron.pipeline.schedule.action import Kind
 from fused_megatron.planning.activation_memory import (
@@ -77,49 +77,95 @@ class BlockBytes(NamedTuple):
     parameters: int
 
 
-KnownBlocks = dict[tuple[bool, bool], BlockBytes]
-"""Bytes of the blocks of one config, by (whether it is recomputed, whether it has experts)."""
+BlockKind = tuple[bool, bool]
+"""Kind of a block: whether it is recomputed, and whether it has experts."""
 
 
-def stage_bytes(config: TrainConfig, span: StageSpan, known: KnownBlocks | None = None) -> StageBytes:
+class BlocksOfConfig:
+    """Bytes of the blocks of one config, by their kind, and of stages of such blocks.
+
+    Args:
+        config: the config of a run; how many blocks it recomputes does not matter.
+    """
+
+    def __init__(self, config: TrainConfig) -> None:
+        self._config = config
+        self._known: dict[BlockKind, BlockBytes] = {}
+        size, tokens, own = element_and_token_sizes(config)
+        self._residual = size * own * config.model.hidden_size
+        self._loss = loss_activations(config)
+        self._of_first = kept_by_ends(config, StageSpan(0, 2, 0, 0))
+        self._gradient = 4 * own * config.model.hidden_size  # of hidden, in float32
+        gathered = size * tokens * config.model.hidden_size
+        self._of_embedding = self._residual + gathered * (2 if config.parallel.sequence_parallel else 1)
+
+    def block(self, kind: BlockKind) -> BlockBytes:
+        """Return the bytes of a block."""
+        if kind not in self._known:
+            config, (recomputed, has_experts) = self._config, kind
+            of_backward = block_backward(config, has_experts, recomputed and config.model.recompute == "full")
+            self._known[kind] = BlockBytes(
+                kept_by_block(config, recomputed, has_experts),
+                of_backward,
+                most=max(moment.num_bytes for moment in of_backward),
+                most_put_off=max(moment.num_bytes + moment.put_off for moment in of_backward),
+                deferred=block_deferred(config, has_experts),
+                parameters=block_parameters(config.model, config.parallel, has_experts).total,
+            )
+        return self._known[kind]
+
+    def kept_and_backward(self, runs: Sequence[tuple[BlockKind, int]], first: bool, last: bool) -> tuple[int, int]:
+        """Return `kept` and `backward` of stage_bytes alone: a search asks often.
+
+        Args:
+            runs: kinds of the stage's blocks in their order, each with the number of blocks in a row.
+            first, last: whether the stage has the embedding, and the head.
+        """
+        blocks = [(self.block(kind), number) for kind, number in runs]
+        # Before the backward of the last block, the loss's tensors and the final norm have gone.
+        before = sum(block.kept * number for block, number in blocks) + (self._of_first if first else 0)
+        kept = before + (self._loss if last else 0)
+        most = max(kept, before + 2 * self._residual + self._gradient) if last else before + self._residual
+        for block, number in reversed(blocks):
+            most = max(most, before + block.most)  # later blocks of the run find less
+            before -= block.kept * number
+        return kept, max(most, before + (self._of_embedding if first else 2 * self._residual))
+
+
+def kinds_of_blocks(model: TransformerConfig, has_experts: Sequence[bool]) -> list[BlockKind]:
+    """Return the kinds of a stage's blocks.
+
+    Args:
+        model: of the run.
+        has_experts: for each block of the stage, whether it has experts.
+    """
+    again = model.recomputed_blocks(len(has_experts))
+    return [(index < again, experts) for index, experts in enumerate(has_experts)]
+
+
+def stage_bytes(config: TrainConfig, span: StageSpan) -> StageBytes:
     """Compute the bytes that one microbatch of a stage needs.
 
     Args:
         config: the config of the whole run.
         span: the blocks of the stage.
-        known: what other stages of this config have computed; this one's blocks are added.
     """
-    model, of_kind = config.model, {} if known is None else known
+    model, known = config.model, BlocksOfConfig(config)
     size, _, own = element_and_token_sizes(config)
     residual = size * own * model.hidden_size
-    blocks = [model.has_experts(block) for block in range(span.start, span.stop)]
-    again = model.recomputed_blocks(len(blocks))
-    kinds = [(index < again, has_experts) for index, has_experts in enumerate(blocks)]
-    for kind in set(kinds) - of_kind.keys():
-        of_backward = block_backward(config, kind[1], kind[0] and model.recompute == "full")
-        of_kind[kind] = BlockBytes(
-            kept_by_block(config, *kind),
-            of_backward,
-            most=max(moment.num_bytes for moment in of_backward),
-            most_put_off=max(moment.num_bytes + moment.put_off for moment in of_backward),
-            deferred=block_deferred(config, kind[1]),
-            parameters=block_parameters(model, config.parallel, kind[1]).total,
-        )
-    kept = sum(of_kind[kind].kept for kind in kinds) + kept_by_ends(config, span)
-    # Before the backward of the last block, the loss's tensors and the final norm have gone.
+    kinds = kinds_of_blocks(model, [model.has_experts(block) for block in range(span.start, span.stop)])
+    blocks = [known.block(kind) for kind in kinds]
+    kept, backward = known.kept_and_backward([(kind, 1) for kind in kinds], span.first, span.last)
     of_blocks = before = kept - (loss_activations(config) if span.last else 0)
-    units = [of_kind[kind].parameters for kind in kinds]
+    units = [block.parameters for block in blocks]
     head = _head_moments(config, span, kept, before, units[-1] if units else 0)
-    input_grad = backward = max(moment.num_bytes for moment in head)
+    input_grad = max(moment.num_bytes for moment in head)
     deferred = 0  # of the blocks whose INPUT_GRAD is through
-    for kind in reversed(kinds):
-        block = of_kind[kind]
-        backward = max(backward, before + block.most)
+    for block in reversed(blocks):
         input_grad = max(input_grad, before + deferred + block.most_put_off)
         before -= block.kept
         deferred += block.deferred
     embedding = _embedding_moments(config, span, before, units[0] if units else 0)
-    backward = max(backward, *(moment.num_bytes for moment in embedding))
     deferred += before + (0 if span.first else 2 * residual)  # the stage's input, and its gradient
     in_blocks = of_blocks + residual
     if blocks and (scores := score_bytes(config)):
@@ -132,7 +178,7 @@ def stage_bytes(config: TrainConfig, span: StageSpan, known: KnownBlocks | None 
         backward=backward,
         input_grad=max(input_grad, deferred),
         weight_grad=deferred,
-        make_moments=lambda: (*head, *_moments_of_blocks([of_kind[kind] for kind in kinds], of_blocks), *embedding),
+        make_moments=lambda: (*head, *_moments_of_blocks(blocks, of_blocks), *embedding),
         forward_by_block=_with_units(config, span, in_blocks, in_head, units),
     )
 

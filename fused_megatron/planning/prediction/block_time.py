@@ -36,6 +36,9 @@ _CHUNKS = 8
 class StageTimes:
     """Work of the stages of a run.
 
+    Attributes:
+        factor: measured over predicted time of the blocks; 1 where the cluster has none measured of this shape.
+
     Args:
         config, cluster, engine: of the run.
         shared: work of blocks without what replicas send; runs share it that differ in dp, pp, ZeRO and recomputation.
@@ -57,7 +60,7 @@ class StageTimes:
         self.tp_ring = Ring(cluster, self.tp)
         self.hidden = model.hidden_size
         measured = cluster.measured_block(config)
-        self._factor = 1.0 if measured is None else measured.factor
+        self.factor = 1.0 if measured is None else measured.factor
         self._shared = {} if shared is None else shared
         self._blocks: dict[tuple[bool, bool], ActionWork] = {}
         self._ends: dict[tuple[bool, bool], ActionWork] = {}
@@ -95,9 +98,9 @@ class StageTimes:
                 if number:
                     yield number, self.block(has_experts, recomputed)
         if span.first:
-            yield 1, self._embedding
+            yield 1, self.embedding
         if span.last:
-            yield 1, self._head
+            yield 1, self.head
         ends = span.first, span.last
         if any(ends) and self._placements.gradients:
             if ends not in self._ends:
@@ -122,7 +125,7 @@ class StageTimes:
     def _block(self, has_experts: bool, recompute: str) -> tuple[Work, Work, Work]:
         """Return the work of forward, of backward, and of its products of weights, without what replicas send."""
         linear = [*self._attention_linears(), *self._mlp(has_experts)]
-        attention = self._attention()
+        attention = self.attention
         elements = self._elements(has_experts)
         syncs = 2 - (has_experts and not self.config.model.shared_ffn_size)
         ops = self.engine.parallel_ops * (self.tp - 1) ** 2
@@ -145,9 +148,9 @@ class StageTimes:
         )
         if recompute != "none":
             backward += forward if recompute == "full" else attention
-        forward, backward = self._with_context(forward, backward, attention)
-        forward, backward = self._with_experts(forward, backward, has_experts)
-        return forward * self._factor, backward * self._factor, Work(products=sum(weights)) * self._factor
+        forward, backward = self._with_context(forward, backward, attention, recompute)
+        forward, backward = self._with_experts(forward, backward, has_experts, recompute)
+        return forward * self.factor, backward * self.factor, Work(products=sum(weights)) * self.factor
 
     def _added_ops(self) -> tuple[float, float]:
         """Return the ops that the layout adds to a block's forward, and to its backward."""
@@ -205,8 +208,9 @@ class StageTimes:
             elements += pairs * parallel.expert_tensor_parallel_size * 4 * self.hidden
         return elements
 
-    def _attention(self) -> Work:
-        """Return the work of attention between its projections, in forward."""
+    @cached_property
+    def attention(self) -> Work:
+        """Work of attention between its projections in forward, without `factor`."""
         model, parallel = self.config.model, self.config.parallel
         heads, samples = model.num_heads / self.tp, self.config.training.microbatch_size
         rows, seq_len = self.tokens // samples, model.seq_len
@@ -258,13 +262,13 @@ class StageTimes:
             return 0.0
         return number * self.tp_ring.gather_s(self.size * self.tokens * self.hidden)
 
-    def _with_context(self, forward: Work, backward: Work, attention: Work) -> tuple[Work, Work]:
+    def _with_context(self, forward: Work, backward: Work, attention: Work, recompute: str) -> tuple[Work, Work]:
         """Add the transfers of context parallelism, which run beside attention."""
         ranks = self.config.parallel.context_parallel_size
         if ranks == 1:
             return forward, backward
         ring = ring_of(self.cluster, ranks, self.tp)
-        sent = attention_communication(self.config, StageSpan(0, 3, 0, 1), evenly=True)
+        sent = attention_communication(self._recomputing(recompute), StageSpan(0, 3, 0, 1), evenly=True)
         seconds = sum(
             ring.gather_s(num_bytes) if kind != "send" else self._sent_around_s(ring, num_bytes)
             for kind, num_bytes in sent.items()
@@ -289,7 +293,14 @@ class StageTimes:
         handled = 1e-6 * self.cluster.launch_us * self.engine.host_message_ops
         return messages * (ring.message_s(num_bytes / messages) + handled)
 
-    def _with_experts(self, forward: Work, backward: Work, has_experts: bool) -> tuple[Work, Work]:
+    def _recomputing(self, recompute: str) -> TrainConfig:
+        """Return the config with this recomputation of all blocks: a run may recompute only some of them."""
+        model = self.config.model
+        if (model.recompute, model.recompute_blocks) == (recompute, None):
+            return self.config
+        return replace(self.config, model=replace(model, recompute=recompute, recompute_blocks=None))
+
+    def _with_experts(self, forward: Work, backward: Work, has_experts: bool, recompute: str) -> tuple[Work, Work]:
         if not has_experts:
             return forward, backward
         etp = self.config.parallel.expert_tensor_parallel_size
@@ -299,7 +310,7 @@ class StageTimes:
             "etp": ring_of(self.cluster, etp),
         }
         first = self.config.model.expert_blocks[0]
-        sent = expert_communication_by_axis(self.config, StageSpan(1, 3, first, first + 1))
+        sent = expert_communication_by_axis(self._recomputing(recompute), StageSpan(1, 3, first, first + 1))
         seconds = 0.0
         for axis, of_axis in sent.items():
             ring = rings[axis]
@@ -343,7 +354,7 @@ class StageTimes:
         number = stage_parameters(model, replace(span, stop=span.start), parallel).total
         table, uses = vocabulary_elements(model, self.tp), span.first + span.last
         others = number - table * (1 if model.tied_embeddings else uses)
-        ends = [work for work, is_here in ((self._embedding, span.first), (self._head, span.last)) if is_here]
+        ends = [work for work, is_here in ((self.embedding, span.first), (self.head, span.last)) if is_here]
         in_forward, in_backward = (
             sum(work.on_device for work in works)
             for works in ([end.forward for end in ends], [end.backward for end in ends])
@@ -382,7 +393,8 @@ class StageTimes:
         return exposed_s(self.cluster, transfer_s, computation_s)
 
     @cached_property
-    def _embedding(self) -> ActionWork:
+    def embedding(self) -> ActionWork:
+        """Work of one microbatch in the embedding."""
         elements = 3.0 * self.tokens * self.hidden
         launch = 1e-6 * self.cluster.launch_us
         forward = Work(
@@ -394,7 +406,8 @@ class StageTimes:
         return ActionWork(forward, backward, Work())
 
     @cached_property
-    def _head(self) -> ActionWork:
+    def head(self) -> ActionWork:
+        """Work of one microbatch in the head and the loss."""
         columns = vocabulary_elements(self.config.model, self.tp) // self.hidden
         output, inputs, weights = linear_s(self.cluster, self.size, 1, self.tokens, columns, self.hidden)
         launch = 1e-6 * self.cluster.launch_us

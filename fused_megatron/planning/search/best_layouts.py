@@ -21,6 +21,7 @@ from fused_megatron.planning.search.layouts import (
     valid_layouts,
 )
 from fused_megatron.planning.search.pipelines import pipelines
+from fused_megatron.planning.search.recomputations import recomputations
 
 NUM_BEST = 10
 MICROBATCHES = (1, 2, 4, 8, 16, 32, 64)
@@ -29,8 +30,6 @@ SAME = 0.005
 """Times that differ by less count as the same: it is far below the error of a prediction."""
 _SURE = 0.8
 """Share of the waiting time of a simulated pipeline that it has with any recomputation and ZeRO stage."""
-SHARES_RECOMPUTED = (0.25, 0.5, 0.75)
-"""Shares of the blocks of a stage that are recomputed whole, besides all and none."""
 
 
 @dataclass(frozen=True)
@@ -105,8 +104,9 @@ class _Node(NamedTuple):
         order: breaks ties.
         layout: sizes of the axes.
         settings: settings of the run.
-        is_open: which settings are still open: all but the microbatches ("pipeline"), or what memory decides
-            ("memory"); "": none.
+        is_open: which settings are still open: all but the microbatches, of pipelines that need no recomputation
+            ("none"), that of attention ("selective"), or of whole blocks ("full"); what memory decides ("memory");
+            "": none.
         plan: a simulated plan.
     """
 
@@ -172,7 +172,8 @@ class _BestFirst:
             for size in (size for size in MICROBATCHES if samples % size == 0):
                 for shards in sequence_choices(self.base, layout):
                     seconds = self.floors.least_seconds(layout, size, shards)
-                    self._push(seconds, layout, Settings(size, shards, "1f1b", 1), "pipeline")
+                    settings = Settings(size, shards, "1f1b", 1, zero_stage=self.floors.zero_stages(layout)[-1])
+                    self._push(seconds, layout, settings, "none")
 
     def _refuse_memory(self, layout: Layout, least: int | None = None) -> None:
         self.search.num_too_large += 1
@@ -181,26 +182,51 @@ class _BestFirst:
         self.search.too_large[key] = min(least, self.search.too_large.get(key, least))
 
     def _open(self, node: _Node) -> None:
-        """Put a node into the queue for each pipeline; or for each ZeRO stage of a pipeline, without recomputation."""
+        """Put a node into the queue for each pipeline, or for each ZeRO stage of a pipeline."""
         layout, first = node.layout, node.settings
-        if node.is_open == "pipeline":
-            for name, per_rank in pipelines(layout.pp, self.base.model.num_layers):
-                settings = first._replace(schedule=name, stages_per_rank=per_rank)
-                if not self._may_fit(layout, settings._replace(zero_stage=self.floors.zero_stages(layout)[-1])):
-                    continue
-                floor = (1 + _surcharge(layout, settings)) * self.floors.seconds_of_actions(layout, settings)
-                self._push(max(node.seconds, floor), layout, settings, "memory")
+        if node.is_open != "memory":
+            self._open_pipelines(node)
             return
         for zero in self.floors.zero_stages(layout):
             settings = first._replace(zero_stage=zero)
-            if self._may_fit(layout, settings):
+            # If every block is recomputed, settings need least memory.
+            if self._may_fit(layout, settings._replace(recompute="full", recompute_blocks=None)):
                 floor = (1 + _surcharge(layout, settings)) * self.floors.seconds(layout, settings)
                 self._push(max(node.seconds, floor), layout, settings)
 
+    def _open_pipelines(self, node: _Node) -> None:
+        """Put a node into the queue for each pipeline that needs this recomputation, and one for all that need more.
+
+        With the bound of the fastest settings that may fit; these are known when the pipeline is opened.
+        """
+        layout, more = node.layout, False
+        for name, per_rank in pipelines(layout.pp, self.base.model.num_layers):
+            first = node.settings._replace(schedule=name, stages_per_rank=per_rank)
+            none, selective, *parts = recomputations(first, self.base.model.num_layers // layout.pp)
+            if node.is_open != "none" and self._may_fit(layout, none):
+                continue  # it is in the queue
+            if node.is_open == "none":
+                chosen = [none] if self._may_fit(layout, none) else []
+            elif node.is_open == "selective":
+                chosen = [selective, parts[0]] if self._may_fit(layout, selective) else []
+            elif self._may_fit(layout, selective) or not self._may_fit(layout, parts[-1]):
+                continue
+            else:
+                chosen = [next(part for part in parts if self._may_fit(layout, part))]
+            if chosen:
+                settings = first._replace(zero_stage=0)
+                seconds = min(self.floors.seconds_of_actions(layout, one) for one in chosen)
+                floor = (1 + _surcharge(layout, settings)) * seconds
+                self._push(max(node.seconds, floor), layout, settings, "memory")
+            more = more or not chosen
+        if more and node.is_open != "full":
+            # Attention may take longer than a part of the blocks.
+            kinds = ("selective", "full") if node.is_open == "none" else ("full",)
+            least = min(self.floors.least_seconds(layout, *node.settings[:2], kind) for kind in kinds)
+            self._push(max(node.seconds, least), layout, node.settings, kinds[0])
+
     def _may_fit(self, layout: Layout, settings: Settings) -> bool:
-        """Return whether settings may fit if every block is recomputed, which needs least memory."""
-        whole = settings._replace(recompute="full", recompute_blocks=None)
-        return self.floors.memory(layout, whole) <= self.search.limit_bytes
+        return self.floors.memory(layout, settings) <= self.search.limit_bytes
 
     def _open_recomputations(self, layout: Layout, settings: Settings, least_seconds: float) -> None:
         """Put a node into the queue for each recomputation, if settings without any do not fit.
@@ -209,8 +235,8 @@ class _BestFirst:
         """
         if settings.recompute != "none":
             return
-        for chosen in _recomputations(settings, self.base.model.num_layers // layout.pp)[1:]:
-            if self.floors.memory(layout, chosen) > self.search.limit_bytes:
+        for chosen in recomputations(settings, self.base.model.num_layers // layout.pp)[1:]:
+            if not self._may_fit(layout, chosen):
                 continue
             floor = (1 + _surcharge(layout, chosen)) * self.floors.seconds(layout, chosen)
             self._push(max(least_seconds, floor), layout, chosen)
@@ -233,7 +259,7 @@ class _BestFirst:
         No other settings of the layout take less than least_seconds. If these take no more, to a share SAME, they are
         the best ones of the layout.
         """
-        if self.floors.memory(layout, settings) > self.search.limit_bytes:
+        if not self._may_fit(layout, settings):
             self._open_recomputations(layout, settings, least_seconds)
             return
         config, memory = self._memory(layout, settings)
@@ -268,14 +294,6 @@ def _surcharge(layout: Layout, settings: Settings) -> float:
     zero = max(0, settings.zero_stage - 1)
     split = settings.schedule not in ("1f1b", "interleaved_1f1b")
     return 0.001 * (zero + split + log2(layout.cp) + settings.stages_per_rank / 4)
-
-
-def _recomputations(first: Settings, num_blocks: int) -> list[Settings]:
-    """Return all recomputations of a pipeline, none first; a rank has num_blocks blocks."""
-    blocks = max(1, num_blocks // first.stages_per_rank)
-    partly = [n for n in dict.fromkeys(round(share * blocks) for share in SHARES_RECOMPUTED) if 0 < n < blocks]
-    choices = [("none", None), ("selective", None), *(("full", n) for n in partly), ("full", None)]
-    return [first._replace(recompute=kind, recompute_blocks=number) for kind, number in choices]
 
 
 def limit_bytes(cluster: Cluster) -> int:

@@ -1,9 +1,10 @@
 """Lower bounds of the time and the memory of a layout, without building its schedule for the whole step."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import lru_cache
-from itertools import pairwise
-from operator import mul
+from itertools import groupby, pairwise
+from operator import add, mul
 from typing import Any, NamedTuple
 
 from fused_megatron.config import ParallelConfig, TrainConfig, TransformerConfig
@@ -22,14 +23,30 @@ from fused_megatron.planning.prediction.engine import OWN, engine_of
 from fused_megatron.planning.prediction.shared_cores import of_one_rank
 from fused_megatron.planning.rank_communication import message_bytes
 from fused_megatron.planning.search.layouts import Layout, Settings, sequence_choices, train_config
+from fused_megatron.planning.search.pipeline_bounds import Pipeline, Units, fastest, least_seconds, units_of_ranks
 from fused_megatron.planning.search.pipelines import pipelines
-from fused_megatron.planning.working_memory import KnownBlocks, stage_bytes
+from fused_megatron.planning.search.recomputations import least_recomputed
+from fused_megatron.planning.working_memory import BlockKind, BlocksOfConfig, kinds_of_blocks
 
 _ROUNDING = 1 - 1e-9
 """Sums in another order differ by rounding; a bound must not exceed the prediction."""
 
-Form = tuple[Any, ...]
-"""Stages of one form need the same time and memory: their blocks, and whether they have the embedding or the head."""
+Key = tuple[Any, ...]
+"""Key of a dictionary: what its values depend on."""
+
+
+class StageForm(NamedTuple):
+    """Stages of one form need the same time and memory: their blocks, and whether they have the embedding or the head.
+
+    Attributes:
+        key: number of the form, for dictionaries.
+        blocks: for each block, whether it has experts.
+        span: a stage of this form.
+    """
+
+    key: int
+    blocks: tuple[bool, ...]
+    span: StageSpan
 
 
 @lru_cache(maxsize=4096)
@@ -74,16 +91,18 @@ class Cut(NamedTuple):
     """Stages of a placement by their form.
 
     Attributes:
+        key: of the placement, for dictionaries: tuples of ranks take long to hash.
+        placement: rank of each stage.
         forms: the forms, in the order in which they appear.
-        spans: a stage of each form.
         number: stages of each form.
         of_rank: indices of the forms of each rank's stages.
         shares: the first and the last rank, and of each group of ranks with the same forms the one that starts last.
         hops: messages between ranks on the way from the first to the last stage.
     """
 
-    forms: tuple[Form, ...]
-    spans: tuple[StageSpan, ...]
+    key: int
+    placement: tuple[int, ...]
+    forms: tuple[StageForm, ...]
     number: tuple[int, ...]
     of_rank: tuple[tuple[int, ...], ...]
     shares: tuple[Share, ...]
@@ -99,16 +118,14 @@ class FormCosts(NamedTuple):
     wholes: tuple[float, ...]
 
 
-def _cut(model: TransformerConfig, placement: tuple[int, ...]) -> Cut:
-    forms: dict[Form, int] = {}
-    one_of: list[StageSpan] = []
+def _cut(model: TransformerConfig, placement: tuple[int, ...], key: int, known: dict[Key, StageForm]) -> Cut:
+    forms: dict[int, StageForm] = {}
     spans, of_stage = cut_stages(model, len(placement), placement=placement), []
     for span in spans:
-        form = (tuple(model.has_experts(block) for block in range(span.start, span.stop)), span.first, span.last)
-        if form not in forms:
-            forms[form] = len(forms)
-            one_of.append(span)
-        of_stage.append(forms[form])
+        blocks = tuple(model.has_experts(block) for block in range(span.start, span.stop))
+        form = known.setdefault((blocks, span.first, span.last), StageForm(len(known), blocks, span))
+        forms[form.key] = form
+        of_stage.append(list(forms).index(form.key))
 
     def numbers(indices: Sequence[int]) -> tuple[int, ...]:
         return tuple(indices.count(index) for index in range(len(forms)))
@@ -125,7 +142,8 @@ def _cut(model: TransformerConfig, placement: tuple[int, ...]) -> Cut:
         # Ranks with the same stages do the same work; the first stages of later ranks start later.
         shares[rank if rank in (0, num_ranks - 1) else share.own] = share
     hops = sum(before != after for before, after in pairwise(placement))
-    return Cut(tuple(forms), tuple(one_of), numbers(of_stage), tuple(of_rank), tuple(shares.values()), hops)
+    number, of_shares = numbers(of_stage), tuple(shares.values())
+    return Cut(key, placement, tuple(forms.values()), number, tuple(of_rank), of_shares, hops)
 
 
 def _dot(numbers: Sequence[int], values: Sequence[float]) -> float:
@@ -137,6 +155,16 @@ def splits_backward(schedule: str, stages_per_rank: int) -> bool:
     """Return whether the schedule has W actions, which may run after the last I of a rank."""
     actions = build_schedule(schedule, 2, 4, stages_per_rank).actions
     return any(action.kind == Kind.WEIGHT_GRAD for rank in actions for action in rank)
+
+
+def _ends(layout: Layout) -> tuple[int, ...]:
+    """Return the first and the last pipeline rank."""
+    return (0, layout.pp - 1) if layout.pp > 1 else (0,)
+
+
+def _shape(layout: Layout, settings: Settings) -> Key:
+    """Return the sizes that decide the work and the activations of a block, beside its recomputation."""
+    return layout.tp, layout.cp, layout.ep, layout.etp, settings.microbatch_size, settings.sequence_parallel
 
 
 class Floors:
@@ -151,17 +179,25 @@ class Floors:
     def __init__(self, base: TrainConfig, num_gpus: int, cluster: Cluster) -> None:
         self._base, self._cluster, self._engine = base, of_one_rank(cluster, num_gpus), engine_of(OWN)
         self._cuts: dict[tuple[int, ...], Cut] = {}
-        self._times: dict[Form, StageTimes] = {}
-        self._works: dict[Form, dict[tuple[bool, str], tuple[Work, Work, Work]]] = {}
-        self._end_times: dict[Form, list[float]] = {}
-        self._seconds: dict[Form, tuple[float, float, float]] = {}
-        self._form_costs: dict[Form, FormCosts] = {}
-        self._floors: dict[Form, float] = {}
-        self._bytes: dict[Form, int] = {}
-        self._kept: dict[Form, tuple[int, int]] = {}
-        self._blocks: dict[Form, KnownBlocks] = {}
-        self._parameters: dict[Form, ParameterCounts] = {}
-        self._of_rank: dict[Form, ParameterCounts] = {}
+        self._cut_of: dict[tuple[str, int, int], Cut] = {}
+        self._forms: dict[Key, StageForm] = {}
+        self._configs: dict[Key, TrainConfig] = {}
+        self._models: dict[Key, TransformerConfig] = {}
+        self._times: dict[Key, StageTimes] = {}
+        self._works: dict[Key, dict[tuple[bool, str], tuple[Work, Work, Work]]] = {}
+        self._units: dict[tuple[Key, str], Units] = {}
+        self._bounded: dict[Key, list[Pipeline]] = {}
+        self._end_times: dict[Key, list[float]] = {}
+        self._seconds: dict[Key, tuple[float, float, float]] = {}
+        self._form_costs: dict[Key, FormCosts] = {}
+        self._floors: dict[Key, float] = {}
+        self._bytes: dict[Key, tuple[int, ...]] = {}
+        self._needed: dict[Key, tuple[int, ...]] = {}
+        self._kept: dict[Key, tuple[BlocksOfConfig, dict[Key, tuple[int, int]]]] = {}
+        self._runs: dict[Key, list[tuple[BlockKind, int]]] = {}
+        self._parameters: dict[Key, ParameterCounts] = {}
+        self._of_rank: dict[Key, ParameterCounts] = {}
+        self._replicas: dict[Layout, tuple[int, int]] = {}
         self._parallels: dict[tuple[Layout, int], ParallelConfig] = {}
 
     def seconds(self, layout: Layout, settings: Settings) -> float:
@@ -186,14 +222,13 @@ class Floors:
         return self._floors[key]
 
     def _least_seconds(self, layout: Layout, settings: Settings) -> float:
-        placement = placement_of(settings.schedule, layout.pp, settings.stages_per_rank)
-        cut, parallel = self.cut(placement), self._parallel(layout, settings)
-        costs, config = self._costs(layout, settings, placement), self._stage_times(layout, settings)[1].config
+        cut, parallel = self._pipeline(layout, settings), self._parallel(layout, settings.zero_stage)
+        costs = self._costs(layout, settings, cut)
         *ends, latest = self._ends(layout, settings)
         longest, updated = max(ends), 0.0
         for share, end in zip(cut.shares, ends, strict=True):
             if share.rank in (0, layout.pp - 1):
-                parameters = self._rank_parameters(layout, config, placement, share.rank).total
+                parameters = self._rank_parameters(layout, cut, share.rank).total
                 size, backwards = self._base.training.element_bytes, _dot(share.own, costs.backwards)
                 reduced = reduction_s(self._cluster, self._engine, parallel, size, parameters, backwards)
                 update = update_s(self._cluster, self._engine, parallel, parameters, share.num_blocks)
@@ -212,52 +247,99 @@ class Floors:
         return self._end_times[key]
 
     def _least_ends(self, layout: Layout, settings: Settings) -> list[float]:
-        placement = placement_of(settings.schedule, layout.pp, settings.stages_per_rank)
-        costs, config = self._costs(layout, settings, placement), self._stage_times(layout, settings)[1].config
-        number, parallel = self.num_microbatches(layout, settings), self._parallel(layout, settings)
+        cut = self._pipeline(layout, settings)
+        costs, config = self._costs(layout, settings, cut), self._stage_times(layout, settings)[1].config
+        number, parallel = self.num_microbatches(layout, settings), self._parallel(layout, settings.zero_stage)
         sent = message_s(self._cluster, self._engine, parallel, message_bytes(config)) if layout.pp > 1 else 0.0
-        cut = self.cut(placement)
         splits = splits_backward(settings.schedule, settings.stages_per_rank)
         ends, latest = [], 0.0
         for share in cut.shares:
             end = number * _dot(share.own, costs.wholes) + _dot(share.before, costs.forwards) + share.hops * sent
             ends.append(end)
             latest = max(latest, end + _dot(share.before, costs.backwards) + share.hops * sent)
-        first, last = cut.of_rank[0][0], cut.of_rank[placement[-1]][-1]
+        first, last = cut.of_rank[0][0], cut.of_rank[cut.placement[-1]][-1]
         passed = _dot(cut.number, costs.wholes) + (number - 1) * costs.wholes[last] + 2 * cut.hops * sent
         if splits:  # W of the first stage follows its last I; every other W can wait
             passed -= _dot(cut.number, costs.weight_grads) - costs.weight_grads[first]
             passed -= (number - 1) * costs.weight_grads[last]
         return [*ends, max(ends[0] if splits else latest, passed)]
 
-    def least_seconds(self, layout: Layout, microbatch_size: int, sequence_parallel: bool) -> float:
+    def least_seconds(
+        self, layout: Layout, microbatch_size: int, sequence_parallel: bool, recompute: str = "none"
+    ) -> float:
         """Return a lower bound of `seconds` for all settings with this size of microbatches.
 
-        The ranks share the work of a step, and a microbatch passes all stages and comes back. Shorter stages take no
-        less time together.
+        Args:
+            layout: of the axes.
+            microbatch_size, sequence_parallel: of the settings.
+            recompute: what is recomputed at least: "none", "selective", or "full": some whole blocks.
         """
         settings = Settings(microbatch_size, sequence_parallel, "1f1b", 1)
-        placement = placement_of("1f1b", layout.pp, 1)
-        costs, number = self._costs(layout, settings, placement), self.cut(placement).number
-        whole = _dot(number, costs.wholes)
-        share = self.num_microbatches(layout, settings) * whole / layout.pp
-        return _ROUNDING * max(share, whole - _dot(number, costs.weight_grads))
+        key, times = self._stage_times(layout, settings)
+        if (key, recompute) not in self._units:
+            self._units[key, recompute] = self._seconds_of_units(times, recompute)
+        found = least_seconds(
+            self._pipelines(layout.pp, recompute == "full"),
+            self._units[key, recompute],
+            self.num_microbatches(layout, settings),
+            add if self._cluster.device == "cpu" else max,
+        )
+        return _ROUNDING * (found + 1e-3 * self._cluster.step_ms)
+
+    def _seconds_of_units(self, times: StageTimes, recompute: str) -> Units:
+        """Return the seconds of the units of a model; of what is computed again without the collectives."""
+        model, nothing = self._base.model, (0.0, 0.0, 0.0, 0.0)
+        blocks, again = [nothing, nothing], [nothing, nothing]
+        for kind, number in enumerate((model.num_layers - len(model.expert_blocks), len(model.expert_blocks))):
+            if number:
+                work = times.block(bool(kind), False)
+                forward, backward = work.forward, work.backward
+                if recompute == "selective":
+                    backward += times.attention * times.factor
+                blocks[kind] = (forward.on_device, forward.host, backward.on_device, backward.host)
+                again[kind] = (0.0, 0.0, forward.products + forward.memory_bound, forward.host)
+        units = [*blocks, *again, times.embedding.totals[:4], times.head.totals[:4]]
+        return Units(*zip(*units, strict=True))
+
+    def _pipelines(self, num_ranks: int, recomputes: bool) -> list[Pipeline]:
+        """Return the pipelines that are searched, with the least number of whole blocks that they can recompute."""
+        key = (num_ranks, recomputes)
+        if key not in self._bounded:
+            model = self._base.model
+            self._bounded[key] = fastest(
+                [
+                    Pipeline(
+                        units_of_ranks(
+                            model,
+                            placement_of(name, num_ranks, per_rank),
+                            least_recomputed(model.num_layers // num_ranks // per_rank) if recomputes else 0,
+                        ),
+                        splits_backward(name, per_rank),
+                    )
+                    for name, per_rank in pipelines(num_ranks, model.num_layers)
+                ]
+            )
+        return self._bounded[key]
 
     def memory(self, layout: Layout, settings: Settings) -> int:
         """Return a lower bound of the bytes of the rank that needs most."""
-        placement = placement_of(settings.schedule, layout.pp, settings.stages_per_rank)
-        number = min(self.num_microbatches(layout, settings), 2 * layout.pp)
-        live = live_activations(settings.schedule, layout.pp, settings.stages_per_rank, number)
-        return max(self._rank_bytes(layout, settings, placement, rank, live[rank]) for rank in {0, layout.pp - 1})
+        cut, number = self._pipeline(layout, settings), min(self.num_microbatches(layout, settings), 2 * layout.pp)
+        key = (layout.tp, layout.cp, layout.ep, layout.etp, *settings[:6], layout.pp, number)
+        if key not in self._needed:
+            live = live_activations(settings.schedule, layout.pp, settings.stages_per_rank, number)
+            self._needed[key] = self._needed_bytes(layout, settings, cut, live)
+        held = self._held_bytes(layout, settings.zero_stage, cut)
+        return max(map(add, self._needed[key], held))
 
     def least_memory(self, layout: Layout) -> int:
         """Return a lower bound of `memory` for all settings: one activation of a stage is held."""
-        shards = sequence_choices(self._base, layout)[-1]
-        found = []
+        shards, zero = sequence_choices(self._base, layout)[-1], self.zero_stages(layout)[-1]
+        one, found = [1] * layout.pp, []
         for name, per_rank in pipelines(layout.pp, self._base.model.num_layers):
-            settings = Settings(1, shards, name, per_rank, "full", None, self.zero_stages(layout)[-1])
-            placement = placement_of(name, layout.pp, per_rank)
-            found.append(max(self._rank_bytes(layout, settings, placement, rank, 1) for rank in {0, layout.pp - 1}))
+            settings = Settings(1, shards, name, per_rank, "full", None, zero)
+            cut = self._pipeline(layout, settings)
+            needed = self._needed_bytes(layout, settings, cut, one)
+            found.append(max(map(add, needed, self._held_bytes(layout, zero, cut))))
         return min(found)
 
     def fullest_ranks(self, layout: Layout, settings: Settings) -> list[int]:
@@ -265,11 +347,10 @@ class Floors:
 
         Of ranks whose stages have the same forms the first one holds most microbatches, if stages go round the ranks.
         """
-        placement = placement_of(settings.schedule, layout.pp, settings.stages_per_rank)
         if SCHEDULES[settings.schedule].placement == "v":
             return list(range(layout.pp))
-        first: dict[Form, int] = {}
-        for rank, forms in enumerate(self.cut(placement).of_rank):
+        first: dict[tuple[int, ...], int] = {}
+        for rank, forms in enumerate(self._pipeline(layout, settings).of_rank):
             first.setdefault(forms, rank)
         return list(first.values())
 
@@ -284,94 +365,113 @@ class Floors:
         is_shared = replicas > 1 or (self._base.model.num_experts is not None and of_experts > 1)
         return (0, 1, 2, 3) if is_shared else (0,)
 
-    def _costs(self, layout: Layout, settings: Settings, placement: tuple[int, ...]) -> FormCosts:
+    def _costs(self, layout: Layout, settings: Settings, cut: Cut) -> FormCosts:
         """Return the seconds of a microbatch in a stage of each form."""
         key, times = self._stage_times(layout, settings)
-        if (key, placement) not in self._form_costs:
-            cut, found = self.cut(placement), []
-            for form, span in zip(cut.forms, cut.spans, strict=True):
-                if (known := self._seconds.get((key, form))) is None:
-                    known = self._seconds[key, form] = times.seconds_of_stage(span)
+        if (key, cut.key) not in self._form_costs:
+            found = []
+            for form in cut.forms:
+                if (known := self._seconds.get((key, form.key))) is None:
+                    known = self._seconds[key, form.key] = times.seconds_of_stage(form.span)
                 found.append(known)
             forwards, backwards, weight_grads = zip(*found, strict=True)
             wholes = tuple(map(sum, zip(forwards, backwards, strict=True)))
-            self._form_costs[key, placement] = FormCosts(forwards, backwards, weight_grads, wholes)
-        return self._form_costs[key, placement]
+            self._form_costs[key, cut.key] = FormCosts(forwards, backwards, weight_grads, wholes)
+        return self._form_costs[key, cut.key]
 
-    def _stage_times(self, layout: Layout, settings: Settings) -> tuple[Form, StageTimes]:
+    def _stage_times(self, layout: Layout, settings: Settings) -> tuple[Key, StageTimes]:
         placements = ZERO_STAGES[settings.zero_stage]
         gathers = (layout.dp, placements.weights) if placements.gradients else ()
-        key = (
-            (layout.tp, layout.cp, layout.ep, layout.etp, gathers, layout.pp > 1),
-            (settings.microbatch_size, settings.sequence_parallel, settings.recompute, settings.recompute_blocks),
-        )
+        key = (_shape(layout, settings), gathers, layout.pp > 1, settings.recompute, settings.recompute_blocks)
         if key not in self._times:
-            config = train_config(self._base, layout, settings)
-            shared = self._works.setdefault((*key[0][:4], *key[1][:2]), {})
-            self._times[key] = StageTimes(config, self._cluster, self._engine, shared)
+            shared = self._works.setdefault(key[0], {})
+            self._times[key] = StageTimes(self._config(layout, settings), self._cluster, self._engine, shared)
         return key, self._times[key]
 
-    def cut(self, placement: tuple[int, ...]) -> Cut:
-        """Return the forms of the stages of a placement."""
-        if placement not in self._cuts:
-            self._cuts[placement] = _cut(self._base.model, placement)
-        return self._cuts[placement]
+    def _config(self, layout: Layout, settings: Settings) -> TrainConfig:
+        """Return the config of settings. Its checks take long: configs that differ in recomputation share most."""
+        placements = ZERO_STAGES[settings.zero_stage]
+        key = (_shape(layout, settings), layout.dp, layout.pp, placements)
+        if key not in self._configs:
+            self._configs[key] = train_config(self._base, layout, settings)
+        return replace(self._configs[key], model=self._model(settings))
 
-    def _rank_bytes(
-        self, layout: Layout, settings: Settings, placement: tuple[int, ...], rank: int, num_live: int
-    ) -> int:
-        kept, in_backward = self._activation_bytes(layout, settings, placement, rank)
-        # The most activations are held when a backward begins, which then needs its own bytes.
-        needed = (num_live - 1) * kept + in_backward
-        fragments = int(SCATTERED * needed) if self._cluster.device == "cuda" else 0
-        return self._held_bytes(layout, settings, placement, rank) + needed + fragments
+    def _model(self, settings: Settings) -> TransformerConfig:
+        key = (settings.recompute, settings.recompute_blocks)
+        if key not in self._models:
+            self._models[key] = replace(self._base.model, recompute=key[0], recompute_blocks=key[1])
+        return self._models[key]
 
-    def _activation_bytes(
-        self, layout: Layout, settings: Settings, placement: tuple[int, ...], rank: int
+    def _pipeline(self, layout: Layout, settings: Settings) -> Cut:
+        """Return the stages of a pipeline by their form."""
+        key = (settings.schedule, layout.pp, settings.stages_per_rank)
+        if key not in self._cut_of:
+            placement = placement_of(*key)
+            if placement not in self._cuts:
+                self._cuts[placement] = _cut(self._base.model, placement, len(self._cuts), self._forms)
+            self._cut_of[key] = self._cuts[placement]
+        return self._cut_of[key]
+
+    def _needed_bytes(self, layout: Layout, settings: Settings, cut: Cut, live: Sequence[int]) -> tuple[int, ...]:
+        """Return lower bounds of the bytes of activations of the first and the last rank.
+
+        The most activations are held when a backward begins, which then needs its own bytes.
+        """
+        shape = (_shape(layout, settings), settings.recompute)
+        if shape not in self._kept:
+            self._kept[shape] = BlocksOfConfig(self._config(layout, settings)), {}
+        found = []
+        for rank in _ends(layout):
+            stages = [
+                self._stage_bytes(settings, cut.forms[index], *self._kept[shape]) for index in set(cut.of_rank[rank])
+            ]
+            needed = (live[rank] - 1) * min(kept for kept, _ in stages) + min(most for _, most in stages)
+            found.append(needed + (int(SCATTERED * needed) if self._cluster.device == "cuda" else 0))
+        return tuple(found)
+
+    def _stage_bytes(
+        self, settings: Settings, form: StageForm, blocks: BlocksOfConfig, known: dict[Key, tuple[int, int]]
     ) -> tuple[int, int]:
-        """Return the least bytes that a stage of a rank keeps for a microbatch, and that its backward needs."""
-        of_all = (layout.tp, layout.cp, layout.ep, layout.etp, *settings[:2], *settings[4:6])
-        key = (of_all, placement, rank)
-        if key not in self._kept:
-            config, cut = self._stage_times(layout, settings)[1].config, self.cut(placement)
-            found = []
-            for index in set(cut.of_rank[rank]):
-                form = (of_all, cut.forms[index])
-                if form not in self._kept:
-                    needed = stage_bytes(config, cut.spans[index], self._blocks.setdefault(of_all, {}))
-                    self._kept[form] = needed.kept, needed.backward
-                found.append(self._kept[form])
-            self._kept[key] = min(kept for kept, _ in found), min(most for _, most in found)
-        return self._kept[key]
+        """Return the bytes that a stage keeps for a microbatch, and that its backward needs."""
+        model = self._model(settings)
+        key = (form.key, model.recomputed_blocks(len(form.blocks)))
+        if key not in known:
+            if key not in self._runs:
+                kinds = kinds_of_blocks(model, form.blocks)
+                self._runs[key] = [(kind, len(list(members))) for kind, members in groupby(kinds)]
+            known[key] = blocks.kept_and_backward(self._runs[key], form.span.first, form.span.last)
+        return known[key]
 
-    def _held_bytes(self, layout: Layout, settings: Settings, placement: tuple[int, ...], rank: int) -> int:
-        """Return a lower bound of the bytes that a rank holds through a step."""
-        key = (layout, settings.zero_stage, placement, rank)
+    def _held_bytes(self, layout: Layout, zero_stage: int, cut: Cut) -> tuple[int, ...]:
+        """Return lower bounds of the bytes that the first and the last rank hold through a step."""
+        key = (layout, zero_stage, cut.key)
         if key not in self._bytes:
-            training, config = self._base.training, self._stage_times(layout, settings)[1].config
-            counts = self._rank_parameters(layout, config, placement, rank)
-            if self._base.model.tied_embeddings and {placement[0], placement[-1]} == {rank} and len(placement) > 1:
-                counts += ParameterCounts(
-                    others=-vocabulary_elements(self._base.model, layout.tp)
-                )  # one table for both
-            placements = ZERO_STAGES[settings.zero_stage]
-            replicas, of_experts = config.replica_counts(layout.dp)
-            share, of_expert = (replicas, of_experts) if placements.state else (1, 1)
-            matrices = counts.matrices // share + counts.expert_matrices // of_expert
-            others = counts.others // share + counts.expert_others // of_expert
-            own = matrices + others
-            held = training.element_bytes * (own if placements.weights else counts.total)
-            held += 4 * (own if placements.gradients else counts.total)
-            optimizer = optimizer_bytes(self._base.optimizer, training.weight_dtype, matrices, others)
-            if self._cluster.device == "cuda":
-                communicators = communicator_bytes(self._parallel(layout, settings))
-                held += CONTEXT_BYTES + communicators + int(SCATTERED * optimizer)
-            self._bytes[key] = held + optimizer
+            self._bytes[key] = tuple(self._held_by(layout, zero_stage, cut, rank) for rank in _ends(layout))
         return self._bytes[key]
 
-    def _parallel(self, layout: Layout, settings: Settings) -> ParallelConfig:
+    def _held_by(self, layout: Layout, zero_stage: int, cut: Cut, rank: int) -> int:
+        training, counts = self._base.training, self._rank_parameters(layout, cut, rank)
+        has_both_ends = {cut.placement[0], cut.placement[-1]} == {rank} and len(cut.placement) > 1
+        if self._base.model.tied_embeddings and has_both_ends:
+            counts += ParameterCounts(others=-vocabulary_elements(self._base.model, layout.tp))  # one table for both
+        if layout not in self._replicas:
+            config = train_config(self._base, layout, Settings(1, False, "1f1b", 1))
+            self._replicas[layout] = config.replica_counts(layout.dp)
+        placements, (replicas, of_experts) = ZERO_STAGES[zero_stage], self._replicas[layout]
+        share, of_expert = (replicas, of_experts) if placements.state else (1, 1)
+        matrices = counts.matrices // share + counts.expert_matrices // of_expert
+        others = counts.others // share + counts.expert_others // of_expert
+        own = matrices + others
+        held = training.element_bytes * (own if placements.weights else counts.total)
+        held += 4 * (own if placements.gradients else counts.total)
+        optimizer = optimizer_bytes(self._base.optimizer, training.weight_dtype, matrices, others)
+        if self._cluster.device == "cuda":
+            held += CONTEXT_BYTES + communicator_bytes(self._parallel(layout, zero_stage)) + int(SCATTERED * optimizer)
+        return held + optimizer
+
+    def _parallel(self, layout: Layout, zero_stage: int) -> ParallelConfig:
         """Return what the times of reduction, update and messages depend on, and the communicators."""
-        key = (layout, settings.zero_stage)
+        key = (layout, zero_stage)
         if key not in self._parallels:
             self._parallels[key] = ParallelConfig(
                 tensor_parallel_size=layout.tp,
@@ -380,20 +480,19 @@ class Floors:
                 data_parallel_size=layout.dp,
                 expert_parallel_size=layout.ep,
                 expert_tensor_parallel_size=layout.etp,
-                zero_stage=settings.zero_stage,
+                zero_stage=zero_stage,
             )
         return self._parallels[key]
 
-    def _rank_parameters(
-        self, layout: Layout, config: TrainConfig, placement: tuple[int, ...], rank: int
-    ) -> ParameterCounts:
-        key = (layout.tp, layout.ep, layout.etp, placement, rank)
+    def _rank_parameters(self, layout: Layout, cut: Cut, rank: int) -> ParameterCounts:
+        key = (layout.tp, layout.ep, layout.etp, cut.key, rank)
         if key not in self._of_rank:
-            cut, counts = self.cut(placement), ParameterCounts()
+            parallel, counts = self._parallel(layout, 0), ParameterCounts()
             for index in cut.of_rank[rank]:
-                form = (layout.tp, layout.ep, layout.etp, cut.forms[index])
-                if form not in self._parameters:
-                    self._parameters[form] = stage_parameters(config.model, cut.spans[index], config.parallel)
-                counts += self._parameters[form]
+                form = cut.forms[index]
+                of_form = (layout.tp, layout.ep, layout.etp, form.key)
+                if of_form not in self._parameters:
+                    self._parameters[of_form] = stage_parameters(self._base.model, form.span, parallel)
+                counts += self._parameters[of_form]
             self._of_rank[key] = counts
         return self._of_rank[key]

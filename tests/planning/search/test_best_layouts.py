@@ -22,6 +22,7 @@ from fused_megatron.planning.search.layouts import (
     valid_layouts,
 )
 from fused_megatron.planning.search.pipelines import pipelines
+from fused_megatron.planning.search.recomputations import recomputations
 
 LLAMA = {
     "activation": "swiglu",
@@ -53,7 +54,7 @@ def all_settings(base: TrainConfig, layout: Layout, floors: Floors) -> list[Sett
             first = Settings(size, shards, name, per_rank)
             blocks = base.model.num_layers // layout.pp
             for zero in floors.zero_stages(layout):
-                found += best_layouts._recomputations(first._replace(zero_stage=zero), blocks)
+                found += recomputations(first._replace(zero_stage=zero), blocks)
     return found
 
 
@@ -83,8 +84,10 @@ def test_search_finds_what_brute_force_finds(model: dict[str, object], batch: in
                 too_large += 1
                 continue
             seconds = predict_step(config, cluster).seconds
-            least = floors.least_seconds(layout, settings.microbatch_size, settings.sequence_parallel)
-            assert least <= floors.seconds(layout, settings) <= seconds, (layout, settings)
+            least = floors.least_seconds(layout, *settings[:2], settings.recompute)
+            assert (
+                floors.least_seconds(layout, *settings[:2]) <= least <= floors.seconds(layout, settings) <= seconds
+            ), (layout, settings)
             best[layout] = min(seconds, best.get(layout, seconds))
     search = find_best(base, gpus, cluster, num_best=100)
     assert too_large and {plan.layout for plan in search.plans} == set(best)
