@@ -16,11 +16,13 @@ import argparse
 import statistics
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import numpy as np
 import torch
 import torch.distributed as dist
 
+from fused_megatron.benchmarking.report.measured_tables import MeasuredTables
 from fused_megatron.context_parallel import METHODS, context_parallel_attention, partition_for
 from fused_megatron.context_parallel.attention_plan import plan_of
 from fused_megatron.ops.attention import AttentionMask
@@ -30,6 +32,7 @@ from fused_megatron.testing import run_cases_on_ranks
 
 BATCH, HEADS, KV_HEADS, HEAD_DIM = 1, 8, 4, 64
 ONE_RANK = "one rank / 2"
+DOCS = Path(__file__).resolve().parents[1] / "docs"
 
 
 def packed(seq_len: int, longest: int, window: int | None = None) -> AttentionMask:
@@ -152,15 +155,20 @@ def main() -> None:
     parser.add_argument("--lengths", type=int, nargs="*", default=[1024, 4096, 8192])
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--work-length", type=int, default=8192, help="tokens of the table of work; 0: no such table")
+    parser.add_argument(
+        "--write", action="store_true", help="keep the tables in docs/results, and show them in docs/long_context.md"
+    )
     options = parser.parse_args()
     torch.set_num_threads(1)
+    file = DOCS / "results" / "context_parallel.json"
+    tables = MeasuredTables(file, DOCS / "long_context.md", "make bench-context-parallel ARGS=--write")
     if options.lengths:
-        for row in times(options.lengths, options.rounds):
-            print(row, flush=True)
+        tables.add("methods", times(options.lengths, options.rounds))
         print()
     if options.work_length:
-        for row in work(options.work_length, options.rounds):
-            print(row, flush=True)
+        tables.add("work of the shares", work(options.work_length, options.rounds))
+    if options.write:
+        tables.write()
 
 
 if __name__ == "__main__":

@@ -17,6 +17,7 @@ import torch
 import torch.distributed as dist
 from slow_link import RANKS, join, median_ms, run_on_link
 
+from fused_megatron.benchmarking.report.measured_tables import MeasuredTables
 from fused_megatron.collectives.exchanges import start_message
 from fused_megatron.context_parallel import context_parallel_attention, partition_for
 from fused_megatron.context_parallel.attention_plan import AttentionPlan, plan_of
@@ -27,6 +28,8 @@ from fused_megatron.testing.two_hosts import TwoHosts, missing
 HOSTS = TwoHosts("fm-ring")
 HEADS, KV_HEADS, HEAD_DIM = 8, 8, 64
 MASK = AttentionMask(causal=True)
+DOCS = Path(__file__).resolve().parents[1] / "docs"
+COLUMNS = ["Mbit/s", "tokens", *("A", "X", "ring", "ring over best"), *("A", "X", "ring", "ring over best")]
 
 
 def forward_of(plan: AttentionPlan, query: torch.Tensor, keys: list[list[torch.Tensor]]) -> AttentionSum:
@@ -93,6 +96,7 @@ def steps_of(rank: int, tokens: int) -> dict[str, Callable[[], None]]:
 
 def run_rank(rank: int, folder: Path, options: argparse.Namespace) -> None:
     join(rank, folder, real_time=False)
+    rows = [f"| {' | '.join(COLUMNS)} |"]
     for mbit_per_s in options.rates:
         if rank == 0:
             HOSTS.limit(mbit_per_s)
@@ -105,8 +109,14 @@ def run_rank(rank: int, folder: Path, options: argparse.Namespace) -> None:
                     attention, transfer, ring = (ms[name + way] for name in ("A", "X", "ring"))
                     best = attention / 2 + max(attention / 2, transfer)
                     cells += [f"{attention:.0f}", f"{transfer:.0f}", f"{ring:.0f}", f"{ring / best:.2f}"]
-                print("|", " | ".join(cells), "|", flush=True)
+                rows.append(f"| {' | '.join(cells)} |")
+                print(rows[-1], flush=True)
     dist.destroy_process_group()
+    if rank == 0 and options.write:
+        command = 'make bench-ring ARGS="--tokens 2048 4096 8192 --write"'
+        tables = MeasuredTables(DOCS / "results" / "ring.json", DOCS / "long_context.md", command)
+        tables.add("ring", rows, printed=True)
+        tables.write()
 
 
 def main() -> None:
@@ -114,7 +124,10 @@ def main() -> None:
     parser.add_argument("--rates", type=int, nargs="+", default=[200, 500, 1500], help="Mbit/s")
     parser.add_argument("--tokens", type=int, nargs="+", default=[2048, 4096])
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--limit-s", type=float, default=600.0)
+    parser.add_argument("--limit-s", type=float, default=900.0)
+    parser.add_argument(
+        "--write", action="store_true", help="keep the tables in docs/results, and show them in docs/long_context.md"
+    )
     parser.add_argument("--rank", type=int, help=argparse.SUPPRESS)
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -124,10 +137,9 @@ def main() -> None:
     if reason is not None:
         print(f"bench-ring skipped: {reason}")
         return None
-    columns = ["Mbit/s", "tokens", *("A", "X", "ring", "ring over best"), *("A", "X", "ring", "ring over best")]
     print("causal attention, 8 heads of 64, fp32, 2 ranks of one thread, ms: forward, then backward")
-    print("|", " | ".join(columns), "|")
-    print("|---" * len(columns) + "|", flush=True)
+    print("|", " | ".join(COLUMNS), "|")
+    print("|---" * len(COLUMNS) + "|", flush=True)
     run_on_link(HOSTS, "bench-ring", __file__, options.rates[0], options.limit_s)
     return None
 

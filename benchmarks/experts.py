@@ -23,11 +23,13 @@ import itertools
 import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
 from torch import nn
 
+from fused_megatron.benchmarking.report.measured_tables import MeasuredTables
 from fused_megatron.checks import first_line
 from fused_megatron.config import GPTConfig
 from fused_megatron.expert_parallel import ExpertMLP
@@ -41,6 +43,7 @@ from fused_megatron.testing import run_cases_on_ranks
 from fused_megatron.testing.drawn_routes import ROUTINGS, draw_routes
 
 OURS, PRODUCTS = "fused-megatron", "products only"
+DOCS = Path(__file__).resolve().parents[1] / "docs"
 Step = Callable[[], list[torch.Tensor]]
 
 
@@ -295,14 +298,19 @@ def main() -> None:
         parser.add_argument(f"--{name}", type=int, default=value)
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--threads", type=int, default=2, help="threads of the parts with one rank")
+    parser.add_argument(
+        "--write", action="store_true", help="keep the tables in docs/results, and show them in docs/experts.md"
+    )
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     keep_malloc_pages()  # as training does, for every provider
     sizes = Sizes(options)
-    for part in (one_rank, movement, two_ranks):
-        for line in part(sizes, options.rounds):
-            print(line, flush=True)
+    tables = MeasuredTables(DOCS / "results" / "experts.json", DOCS / "experts.md", "make bench-experts ARGS=--write")
+    for name, part in (("experts", one_rank), ("movement of tokens", movement), ("two ranks", two_ranks)):
+        tables.add(name, part(sizes, options.rounds))
         print(flush=True)
+    if options.write:
+        tables.write()
 
 
 if __name__ == "__main__":

@@ -21,6 +21,7 @@ from pathlib import Path
 
 import torch.distributed as dist
 
+from fused_megatron.benchmarking.report.measured_tables import MeasuredTables
 from fused_megatron.benchmarking.sleeping_stages import MeasuredSchedule, measure_schedule, message_seconds
 from fused_megatron.pipeline import SCHEDULES, Costs, Schedule, build_schedule
 from fused_megatron.pipeline.schedule.action import SYNCHRONOUS
@@ -32,6 +33,7 @@ BAR = 0.05
 BUBBLE_BAR, MESSAGES_BAR = 0.03, 0.01
 # Where gloo's own messages take nearly all of that, messages may delay a step by this times gloo's part.
 OVER_GLOO = 2
+DOCS = Path(__file__).resolve().parents[1] / "docs"
 
 
 def schedules_of(names: list[str], ranks: int, microbatches: int, stages_per_rank: int) -> list[Schedule]:
@@ -97,6 +99,9 @@ def main() -> None:
     parser.add_argument("--message-ms", type=float, default=1.0)
     parser.add_argument("--steps", type=int, default=1, help="measured steps, after a warm-up step")
     parser.add_argument("--perfetto", type=Path, help="a trace of predicted and measured timelines (ui.perfetto.dev)")
+    parser.add_argument(
+        "--write", action="store_true", help="keep the tables in docs/results, and show them in docs/schedules.md"
+    )
     options = parser.parse_args()
     columns = [
         "schedule",
@@ -114,13 +119,14 @@ def main() -> None:
     columns += ["activations predicted", "measured"]
     print("|", " | ".join(columns), "|")
     print("|---" * len(columns) + "|", flush=True)
-    traces, late = {}, []
+    traces, late, rows = {}, [], [f"| {' | '.join(columns)} |"]
     for ranks in options.ranks:
         count = options.microbatches or 2 * ranks + 1
         schedules = schedules_of(options.schedules, ranks, count, options.stages_per_rank)
         arguments = (schedules, options.times_ms, options.message_ms, options.steps)
         gloo_s, results = run_on_ranks(measure_all, ranks, *arguments, timeout_s=900)[0]
         for schedule, result in zip(schedules, results, strict=True):
+            rows.append(row(schedule, result, gloo_s))
             label = f"{schedule.name}, {ranks} ranks"
             traces |= {f"{label}: predicted": result.predicted, f"{label}: measured": result.measured}
             predicted, measured = bubbles(result)
@@ -131,6 +137,12 @@ def main() -> None:
             messages, least = result.exposed_messages(schedule), result.least_messages(schedule, gloo_s)
             if messages > max(MESSAGES_BAR, OVER_GLOO * least):
                 late.append(f"{label}: messages {messages:.1%} (bar {MESSAGES_BAR:.0%}; gloo's own {least:.1%})")
+    if options.write:
+        tables = MeasuredTables(
+            DOCS / "results" / "pipeline.json", DOCS / "schedules.md", "make bench-pipeline ARGS=--write"
+        )
+        tables.add("bubbles", rows, printed=True)
+        tables.write()
     if options.perfetto is not None:
         options.perfetto.write_text(to_perfetto(traces, microseconds_per_unit=1e6))
     if late:

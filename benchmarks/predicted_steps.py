@@ -32,6 +32,7 @@ from gpt_layouts import SIZES
 from predicted_layouts import Job, cases_of, config_of
 from slow_link import join, run_on_link
 
+from fused_megatron.benchmarking.report.measured_tables import MeasuredTables
 from fused_megatron.planning.prediction.calibrate import Found, Plan, Run, calibrate, measure
 from fused_megatron.planning.prediction.calibrate_command import fit_lines
 from fused_megatron.planning.prediction.calibration_steps import calibration_configs
@@ -45,6 +46,8 @@ from fused_megatron.testing.two_hosts import TwoHosts, missing
 HOSTS = TwoHosts("fm-predicted")
 _AT_ONCE = 5
 """Steps of a layout in a row, after one that warms up."""
+DOCS = Path(__file__).resolve().parents[1] / "docs"
+HEAD = "| ranks | layouts | steps | median error | worst error | rank correlation | chosen layout over the fastest |"
 MEDIAN, WORST, REGRET, CORRELATION = 0.10, 0.20, 0.03, 0.9
 
 
@@ -92,23 +95,41 @@ def report(rows: Sequence[Row], times: dict[str, StepTimes], ranks: int, probe_s
     print("| layout | measured, ms | predicted, ms | error |\n|---|---|---|---|")
     for row in sorted(rows, key=lambda row: row.measured_s):
         print(f"| {row.name} | {1e3 * row.measured_s:.0f} | {1e3 * row.predicted_s:.0f} | {row.error:+.1%} |")
-    errors = [abs(row.error) for row in rows]
-    chosen = min(rows, key=lambda row: row.predicted_s)
-    fastest = min(rows, key=lambda row: row.measured_s)
-    regret = chosen.measured_s / fastest.measured_s - 1
-    correlation = rank_correlation([row.predicted_s for row in rows], [row.measured_s for row in rows])
+    found = figures_of(rows)
     busy = statistics.mean(each.busy_share for each in times.values())
-    figures = f"median error {statistics.median(errors):.1%}, worst {max(errors):.1%}, chosen {chosen.name}"
-    print(f"{figures}: {regret:+.1%} over the fastest ({fastest.name}); rank correlation {correlation:.3f}")
+    print(
+        f"median error {found.median:.1%}, worst {found.worst:.1%}, chosen {found.chosen}: {found.regret:+.1%} over "
+        f"the fastest ({found.fastest}); rank correlation {found.correlation:.3f}"
+    )
     print(f"other processes held the cores for {busy:.0%} of the time")
     speeds = [probe_s / statistics.median(each.probes) for each in times.values() if probe_s and each.probes]
     if speeds:
         print(f"beside the layouts cores had {min(speeds):.0%} to {max(speeds):.0%} of the calibration's speed")
     if ranks > 2:
-        return [f"rank correlation {correlation:.3f}"] if correlation < CORRELATION else []
-    missed = [f"median error {statistics.median(errors):.1%}"] if statistics.median(errors) > MEDIAN else []
-    missed += [f"worst error {max(errors):.1%}"] if max(errors) > WORST else []
-    return missed + ([f"chosen layout {regret:+.1%} over the fastest"] if regret > REGRET else [])
+        return [f"rank correlation {found.correlation:.3f}"] if found.correlation < CORRELATION else []
+    missed = [f"median error {found.median:.1%}"] if found.median > MEDIAN else []
+    missed += [f"worst error {found.worst:.1%}"] if found.worst > WORST else []
+    return missed + ([f"chosen layout {found.regret:+.1%} over the fastest"] if found.regret > REGRET else [])
+
+
+class Figures(NamedTuple):
+    """Errors of the layouts of a case, their rank correlation, and the chosen layout's time over the fastest."""
+
+    median: float
+    worst: float
+    correlation: float
+    regret: float
+    chosen: str
+    fastest: str
+
+
+def figures_of(rows: Sequence[Row]) -> Figures:
+    errors = [abs(row.error) for row in rows]
+    chosen = min(rows, key=lambda row: row.predicted_s)
+    fastest = min(rows, key=lambda row: row.measured_s)
+    correlation = rank_correlation([row.predicted_s for row in rows], [row.measured_s for row in rows])
+    regret = chosen.measured_s / fastest.measured_s - 1
+    return Figures(statistics.median(errors), max(errors), correlation, regret, chosen.name, fastest.name)
 
 
 def rank_correlation(some: Sequence[float], others: Sequence[float]) -> float:
@@ -120,8 +141,8 @@ def rank_correlation(some: Sequence[float], others: Sequence[float]) -> float:
 
 def conclude(
     title: str, job: Job, ranks: int, options: argparse.Namespace, result: Any, *, on_machine: bool = True
-) -> list[str]:
-    """Calibrate, predict and print; return the missed bars with the title."""
+) -> tuple[list[str], str]:
+    """Calibrate, predict and print; return the missed bars with the title, and the case's row of the page."""
     found, times = result
     if found is None or job.plan is None:
         cluster = load_cluster(options.cluster)
@@ -139,13 +160,23 @@ def conclude(
         content = json.dumps([row._asdict() for row in rows], indent=1)
         (options.keep / f"{title.replace(' ', '-')}.json").write_text(content + "\n")
     print(f"\n{title}: GPT of {job.size}, {job.size.num_sequences} sequences a step")
-    return [f"{title}: {text}" for text in report(rows, times, ranks, probe_s)]
+    missed = [f"{title}: {text}" for text in report(rows, times, ranks, probe_s)]
+    found = figures_of(rows)
+    cells = [f"{found.median:.1%}", f"{found.worst:.1%}", f"{found.correlation:.2f}", f"{found.regret:.1%}"]
+    return missed, f"| {title} | {len(rows)} | {job.rounds} | {' | '.join(cells)} |"
+
+
+def keep(name: str, rows: list[str], command: str) -> None:
+    """Keep the rows of all cases in docs/results, and show them in docs/planner.md."""
+    tables = MeasuredTables(DOCS / "results" / f"{name}.json", DOCS / "planner.md", command)
+    tables.add(name.replace("_", " "), [HEAD, *rows], printed=True)
+    tables.write()
 
 
 def run_on_the_link(rank: int, folder: Path, options: argparse.Namespace) -> None:
     """Run the cases of each rate on a rank in its namespace."""
     number = itertools.count()
-    missed = []
+    missed, rows = [], []
 
     def run(function: Callable[..., Any], *words: Any) -> Any:
         """Call the function in a fork of this process, which joins the fork of the other rank."""
@@ -168,7 +199,10 @@ def run_on_the_link(rank: int, folder: Path, options: argparse.Namespace) -> Non
         job = job_of(2, options)
         result = run_job(job, run, prints=rank == 0)
         if rank == 0:
-            missed += conclude(f"2 ranks at {rate} Mbit", job, 2, options, result, on_machine=False)
+            late, row = conclude(f"2 ranks at {rate} Mbit", job, 2, options, result, on_machine=False)
+            missed, rows = missed + late, [*rows, row]
+    if rank == 0 and options.write:
+        keep("predicted_on_links", rows, "make bench-predicted ARGS='--ranks --rates 200 1000 --write'")
     if missed and not options.quick:
         sys.exit(f"missed: {'; '.join(missed)}")
 
@@ -195,20 +229,24 @@ def main() -> None:
     parser.add_argument("--cluster", type=Path, help="a file of calibrate, instead of a calibration for each case")
     parser.add_argument("--keep", type=Path, help="a folder for cluster files and figures")
     parser.add_argument("--quick", action="store_true", help="tiny sizes, to check that everything runs")
+    parser.add_argument("--write", action="store_true", help="keep the errors in docs/results, for docs/planner.md")
     parser.add_argument("--limit-s", type=float, default=1800.0)
     parser.add_argument("--rank", type=int, help=argparse.SUPPRESS)
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.rank is not None:
         return run_on_the_link(options.rank, options.folder, options)
-    missed = []
+    missed, rows = [], []
     for ranks in options.ranks:
         job = job_of(ranks, options)
 
         def run(function: Callable[..., Any], *words: Any, ranks: int = ranks) -> Any:
             return run_on_ranks(function, ranks, *words, timeout_s=options.limit_s)[0]
 
-        missed += conclude(f"{ranks} ranks", job, ranks, options, run_job(job, run))
+        late, row = conclude(f"{ranks} ranks", job, ranks, options, run_job(job, run))
+        missed, rows = missed + late, [*rows, row]
+    if rows and options.write:
+        keep("predicted_steps", rows, "make bench-predicted ARGS=--write")
     if options.rates:
         reason = missing(("ip", "tc"))
         if reason is not None:

@@ -8,6 +8,7 @@ from types import ModuleType
 
 import pytest
 
+from fused_megatron.benchmarking.report.measured_tables import MeasuredTables, shown_tables
 from fused_megatron.benchmarking.report.page_tables import table_between, write_tables
 
 ROOT = Path(__file__).parents[1]
@@ -38,6 +39,33 @@ def test_the_page_has_the_figures_of_fused_models() -> None:
     found = json.loads(models.RESULTS.read_text(encoding="utf-8"))
     assert [row["model"] for row in found["rows"]] == [*models.MODELS]
     assert table_between(TEXT, models.NAME) == models.table(found), "stale: see benchmarks/fused_models.py"
+
+
+KEPT = [path for path in sorted((ROOT / "docs" / "results").glob("*.json")) if "page" in json.loads(path.read_text())]
+
+
+@pytest.mark.parametrize("file", KEPT, ids=lambda file: file.stem)
+def test_pages_show_the_tables_of_their_runs(file: Path) -> None:
+    page = ROOT / "docs" / json.loads(file.read_text(encoding="utf-8"))["page"]
+    for name, table in shown_tables(file).items():
+        assert table.count("\n| ") >= 1
+        assert table_between(page.read_text(encoding="utf-8"), name) == table, f"stale: {file.name} has another run"
+
+
+def test_a_run_keeps_its_tables_and_shows_them(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    page, file = tmp_path / "page.md", tmp_path / "one.json"
+    page.write_text("a\n<!-- one: begin -->\n\n<!-- one: end -->\n<!-- two: begin -->\n\n<!-- two: end -->\n")
+    run = MeasuredTables(file, page, "make bench-one")
+    run.add("one", ["text", "| x | y |", "|---|---|", "| 1 | 2 |", ""])
+    run.add("two", ["| z |", "| 3 |"], printed=True)
+    assert capsys.readouterr().out == "text\n| x | y |\n|---|---|\n| 1 | 2 |\n\n"
+    assert page.read_text().count("|") == 0
+    run.write()
+    assert table_between(page.read_text(), "one").startswith(
+        "| x | y |\n|---|---|\n| 1 | 2 |\n\n`docs/results/one.json`: "
+    )
+    assert table_between(page.read_text(), "two").startswith("| z |\n|---|\n| 3 |\n\n")
+    assert "(`make bench-one`)." in page.read_text()
 
 
 def test_tables_are_replaced_between_their_marks(tmp_path: Path) -> None:

@@ -202,4 +202,25 @@ MUTATIONS = (
         "    local = local.where(owned, 0)\n",
         ("tests/ops/test_vocab_embedding.py",),
     ),
+    (
+        "the weights' gradients of query and key are swapped",
+        "fused_megatron/ops/query_key_norm.py",
+        "return whole, dq_weight, dk_weight,",
+        "return whole, dk_weight, dq_weight,",
+        ("tests/ops/test_query_key_norm.py",),
+    ),
+    (
+        "without gradients the key is normalised with the weight of the query",
+        "fused_megatron/ops/query_key_norm.py",
+        "_normalise_out(query, key, query, key, q_weight, k_weight,",
+        "_normalise_out(query, key, query, key, q_weight, q_weight,",
+        ("tests/ops/test_query_key_norm.py",),
+    ),
+    (
+        "a missing gradient of the key is that of the query",
+        "fused_megatron/ops/query_key_norm.py",
+        "            each.new_zeros(each.shape) if gradient is None else gradient\n",
+        "            each.new_ones(each.shape) if gradient is None else gradient\n",
+        ("tests/ops/test_query_key_norm.py",),
+    ),
 )
