@@ -232,7 +232,7 @@ def test_expert_groups_take_the_order_of_the_mesh():
 
 def test_messages_are_work_of_a_cpu_but_not_of_a_gpu():
     config = _config(pipeline_parallel_size=4, pipeline_cut=(2, 2, 2, 2))
-    cpu = dataclasses.replace(PRODUCTS_ONLY, device="cpu", gpus_per_node=4, network_gb_per_s=1.0)
+    cpu = dataclasses.replace(PRODUCTS_ONLY, device="cpu", gpus_per_node=4, network_gb_per_s=1.0, memory_gb_per_s=4.0)
 
     def busy(cluster):
         return predict_step(config, cluster).played.busy
@@ -243,6 +243,9 @@ def test_messages_are_work_of_a_cpu_but_not_of_a_gpu():
     # Ranks in the middle have four messages a microbatch, both ends have two.
     assert more == pytest.approx([32 * number * message for number in (2, 4, 4, 2)], rel=1e-6)
     assert busy(PRODUCTS_ONLY) == busy(dataclasses.replace(PRODUCTS_ONLY, network_gb_per_s=1.0))
+    # A link that is slower than the copies (8 passes over memory) keeps no core busy.
+    copied, linked = (busy(dataclasses.replace(cpu, network_gb_per_s=speed)) for speed in (0.5, 0.01))
+    assert copied == pytest.approx(linked)
 
 
 def test_a_ring_of_a_cpu_sends_through_gloo_and_attends_in_tiles():
