@@ -27,10 +27,13 @@ def tables() -> dict[Path, dict[str, str]]:
     for theme, name in THEMES.items():
         (path,) = RESULTS.glob(f"{theme}_*.json")
         results = read_results(path)
-        rows = speed_table(results.comparisons) if theme == "ops" else _beside_others(results.comparisons)
+        limits = [case for case in results.comparisons if theme == "end_to_end" and case.over_bound() is not None]
+        cases = [case for case in results.comparisons if case not in limits]
+        rows = speed_table(cases) if theme == "ops" else _beside_others(cases)
         source = ["", _source(results, path)]
         found[name] = "\n".join([*map(_narrow, rows), *source])
         if theme == "end_to_end":
+            found["limit of a step"] = "\n".join([*_beside_limits(limits), *source])
             pipelines = "\n".join([*_beside_torch_pipelining(results.comparisons), *source])
     return {PAGE: found, SCHEDULES: {"torch pipelining": pipelines}}
 
@@ -54,6 +57,21 @@ def _beside_others(cases: list[Comparison]) -> list[str]:
         peaks = ", ".join(f"{case.peak_bytes[name] / 1e6:.0f}" for name in (OURS, best))
         name = f"{case.op} {case.label}".replace(" forward + backward", "")
         lines.append(f"| {name} | {ms.median:.0f} | {case.tokens_per_s():,.0f} | {others} | {bars} | {peaks} |")
+    return lines
+
+
+def _beside_limits(cases: list[Comparison]) -> list[str]:
+    """Tabulate the time of steps over their limit, and the part of products and attention alone."""
+    lines = ["| case | ms | over the limit [20-80 %] | bar | products and attention alone |", "|---" * 5 + "|"]
+    for case in cases:
+        ms, over = case.ms(OURS), case.over_bound()
+        assert ms is not None and over is not None, f"{case.name} was not timed"
+        bars = "; ".join(bar_verdicts(case)) or "-"
+        (alone,) = (case.ratio(name) for name in case.seconds if name not in (OURS, BOUND))
+        share = "-" if alone is None else f"{alone.median:.2f} of a step"
+        spread = f"{over.median:.2f}x [{over.low:.2f}-{over.high:.2f}]"
+        name = f"{case.op} {case.label}".partition(", against")[0]
+        lines.append(f"| {name} | {ms.median:.0f} | {spread} | {bars} | {share} |")
     return lines
 
 

@@ -2,6 +2,7 @@
 
 import datetime
 import json
+import os
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,6 @@ import torch
 
 from fused_megatron.benchmarking.report.page_tables import write_tables
 from fused_megatron.observe.processor import processor_name
-from fused_megatron.planning.prediction.machine_measurements import usable_cores
 
 
 class MeasuredTables:
@@ -27,7 +27,7 @@ class MeasuredTables:
         self._run: dict[str, Any] = {
             "command": command,
             "page": page.name,
-            "machine": f"{processor_name()}, {usable_cores()} cores",
+            "machine": f"{processor_name()}, {os.cpu_count()} cores",
             "date": datetime.date.today().isoformat(),
             "torch": torch.__version__.partition("+")[0],
             "tables": {},

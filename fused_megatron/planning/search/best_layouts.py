@@ -28,6 +28,8 @@ MICROBATCHES = (1, 2, 4, 8, 16, 32, 64)
 """Sizes of microbatches that are searched."""
 SAME = 0.005
 """Times that differ by less count as the same: it is far below the error of a prediction."""
+_SENDS_ONCE = 1
+"""ZeRO stage up to which replicas send once a step; later ones send in every microbatch."""
 _SURE = 0.8
 """Share of the waiting time of a simulated pipeline that it has with any recomputation and ZeRO stage."""
 
@@ -106,7 +108,7 @@ class _Node(NamedTuple):
         settings: settings of the run.
         is_open: which settings are still open: all but the microbatches, of pipelines that need no recomputation
             ("none"), that of attention ("selective"), or of whole blocks ("full"); what memory decides ("memory");
-            "": none.
+            nothing, but what a microbatch sends to replicas is not in the bound ("sending"); "": none.
         plan: a simulated plan.
     """
 
@@ -184,15 +186,23 @@ class _BestFirst:
     def _open(self, node: _Node) -> None:
         """Put a node into the queue for each pipeline, or for each ZeRO stage of a pipeline."""
         layout, first = node.layout, node.settings
-        if node.is_open != "memory":
+        if node.is_open in ("none", "selective", "full"):
             self._open_pipelines(node)
+            return
+        if node.is_open == "sending":
+            self._push(max(node.seconds, self._floor(layout, first)), layout, first)
             return
         for zero in self.floors.zero_stages(layout):
             settings = first._replace(zero_stage=zero)
             # If every block is recomputed, settings need least memory.
             if self._may_fit(layout, settings._replace(recompute="full", recompute_blocks=None)):
-                floor = (1 + _surcharge(layout, settings)) * self.floors.seconds(layout, settings)
-                self._push(max(node.seconds, floor), layout, settings)
+                sends = zero > _SENDS_ONCE
+                floor = self._floor(layout, settings, of_actions=sends)
+                self._push(max(node.seconds, floor), layout, settings, "sending" if sends else "")
+
+    def _floor(self, layout: Layout, settings: Settings, *, of_actions: bool = False) -> float:
+        """Return a lower bound with its surcharge; of_actions: without what every microbatch sends to replicas."""
+        return (1 + _surcharge(layout, settings)) * self.floors.seconds(layout, settings, of_actions=of_actions)
 
     def _open_pipelines(self, node: _Node) -> None:
         """Put a node into the queue for each pipeline that needs this recomputation, and one for all that need more.
@@ -238,8 +248,7 @@ class _BestFirst:
         for chosen in recomputations(settings, self.base.model.num_layers // layout.pp)[1:]:
             if not self._may_fit(layout, chosen):
                 continue
-            floor = (1 + _surcharge(layout, chosen)) * self.floors.seconds(layout, chosen)
-            self._push(max(least_seconds, floor), layout, chosen)
+            self._push(max(least_seconds, self._floor(layout, chosen)), layout, chosen)
 
     def _memory(self, layout: Layout, settings: Settings) -> tuple[TrainConfig, DeviceMemory]:
         """Return the config of a layout, and the memory of the GPU that needs most, or of one that needs too much."""
