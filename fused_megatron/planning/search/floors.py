@@ -23,7 +23,14 @@ from fused_megatron.planning.prediction.engine import OWN, engine_of
 from fused_megatron.planning.prediction.shared_cores import of_one_rank
 from fused_megatron.planning.rank_communication import message_bytes
 from fused_megatron.planning.search.layouts import Layout, Settings, sequence_choices, train_config
-from fused_megatron.planning.search.pipeline_bounds import Pipeline, Units, fastest, least_seconds, units_of_ranks
+from fused_megatron.planning.search.pipeline_bounds import (
+    Pipeline,
+    Units,
+    fastest,
+    least_seconds,
+    units_of,
+    units_of_ranks,
+)
 from fused_megatron.planning.search.pipelines import pipelines
 from fused_megatron.planning.search.recomputations import least_recomputed
 from fused_megatron.planning.working_memory import BlockKind, BlocksOfConfig, kinds_of_blocks
@@ -282,7 +289,7 @@ class Floors:
         settings = Settings(microbatch_size, sequence_parallel, "1f1b", 1)
         key, times = self._stage_times(layout, settings)
         if (key, recompute) not in self._units:
-            self._units[key, recompute] = self._seconds_of_units(times, recompute)
+            self._units[key, recompute] = units_of(self._base.model, times, recompute)
         found = least_seconds(
             self._pipelines(layout.pp, recompute == "full"),
             self._units[key, recompute],
@@ -290,21 +297,6 @@ class Floors:
             add if self._cluster.device == "cpu" else max,
         )
         return _ROUNDING * (found + 1e-3 * self._cluster.step_ms)
-
-    def _seconds_of_units(self, times: StageTimes, recompute: str) -> Units:
-        """Return the seconds of the units of a model; of what is computed again without the collectives."""
-        model, nothing = self._base.model, (0.0, 0.0, 0.0, 0.0)
-        blocks, again = [nothing, nothing], [nothing, nothing]
-        for kind, number in enumerate((model.num_layers - len(model.expert_blocks), len(model.expert_blocks))):
-            if number:
-                work = times.block(bool(kind), False)
-                forward, backward = work.forward, work.backward
-                if recompute == "selective":
-                    backward += times.attention * times.factor
-                blocks[kind] = (forward.on_device, forward.host, backward.on_device, backward.host)
-                again[kind] = (0.0, 0.0, forward.products + forward.memory_bound, forward.host)
-        units = [*blocks, *again, times.embedding.totals[:4], times.head.totals[:4]]
-        return Units(*zip(*units, strict=True))
 
     def _pipelines(self, num_ranks: int, recomputes: bool) -> list[Pipeline]:
         """Return the pipelines that are searched, with the least number of whole blocks that they can recompute."""

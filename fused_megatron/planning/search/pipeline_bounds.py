@@ -7,6 +7,7 @@ from typing import NamedTuple
 from fused_megatron.config import TransformerConfig
 from fused_megatron.models import cut_stages
 from fused_megatron.pipeline.schedule.action import stages_of
+from fused_megatron.planning.prediction.block_time import StageTimes
 
 Counts = tuple[int, ...]
 """Numbers of units: dense blocks, blocks with experts, of both the recomputed ones, embeddings, heads."""
@@ -24,6 +25,28 @@ class Units(NamedTuple):
     forward_host: tuple[float, ...]
     backward_device: tuple[float, ...]
     backward_host: tuple[float, ...]
+
+
+def units_of(model: TransformerConfig, times: StageTimes, recompute: str) -> Units:
+    """Return the seconds of the units of a model; of what is computed again without the collectives.
+
+    Args:
+        model: of the run.
+        times: of its stages, without recomputation.
+        recompute: "selective": attention is computed again in each block.
+    """
+    nothing = (0.0, 0.0, 0.0, 0.0)
+    blocks, again = [nothing, nothing], [nothing, nothing]
+    for kind, number in enumerate((model.num_layers - len(model.expert_blocks), len(model.expert_blocks))):
+        if number:
+            work = times.block(bool(kind), False)
+            forward, backward = work.forward, work.backward
+            if recompute == "selective":
+                backward += times.attention * times.factor
+            blocks[kind] = (forward.on_device, forward.host, backward.on_device, backward.host)
+            again[kind] = (0.0, 0.0, forward.products + forward.memory_bound, forward.host)
+    units = [*blocks, *again, times.embedding.totals[:4], times.head.totals[:4]]
+    return Units(*zip(*units, strict=True))
 
 
 class RankUnits(NamedTuple):
