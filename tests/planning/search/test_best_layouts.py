@@ -65,7 +65,7 @@ UNEVEN = (MeasuredBlock(2048, 16, 2048, 2, 2048, 0.4, ("a",)), MeasuredBlock(204
 @pytest.mark.parametrize(
     ("model", "batch", "gpus", "cluster"),
     [
-        ({}, 8, 2, h100(14.0)),
+        ({}, 8, 2, h100(8.3)),  # three layouts fit only if whole blocks are recomputed
         ({**LLAMA, "num_layers": 4}, 4, 4, h100(5.5, UNEVEN)),
         (EXPERTS, 4, 2, h100(9.0)),
     ],
